@@ -1,0 +1,12 @@
+"""The bridge from a Celery request to a warm GPU actor and back; files in the order of a task's way.
+
+Importing this package loads neither ray nor cupy: producers and CPU workers may import it.
+"""
+
+from actors.batching import batched
+from actors.device import array_module, scipy_module
+from actors.residents import resident
+from bridge import errors
+from bridge.marks import Gpu
+
+__all__ = ["Gpu", "array_module", "batched", "errors", "resident", "scipy_module"]

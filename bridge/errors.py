@@ -1,0 +1,187 @@
+"""Every error the bridge raises, in one tree.
+
+    BridgeError
+    ├── StartupError                what stops a worker at start: one line on stderr and an exit code of its own
+    │   ├── ConfigurationInvalid      64  a setting, option or mark that means nothing
+    │   ├── AppNotImportable          65  -A names nothing that can be imported
+    │   ├── BrokerUnreachable         66  Redis or another broker, or the result backend, does not answer or refuses
+    │   ├── TransportUnsupported      67  a broker transport without an event loop
+    │   ├── ClusterNotFound           68  no Ray cluster at the address
+    │   ├── ClusterAuthFailed         69  the cluster refused the token
+    │   ├── ClusterMismatch           70  Ray or Python differ between cluster and worker
+    │   ├── GpuNotFound               71  the cluster offers no GPU
+    │   ├── ActorNotReady             72  an actor's executor does not start: import, device or warm-up
+    │   └── StandaloneFailed          73  --standalone could not start Redis or Ray
+    └── TaskError                   what one task ends with
+        ├── PayloadInvalid            arguments that do not fit the task's signature
+        ├── GpuOutOfMemory            the device (or host) had too little memory for this task alone
+        ├── TaskPoisoned              the task ended its executor too often
+        ├── TaskNotOnActor            the executor's copy of the app does not know the task
+        ├── ResultInvalid             the body returned what cannot be sent
+        ├── RemoteTaskError           the body raised what cannot be rebuilt here
+        └── ClusterUnavailable        no cluster for too long
+
+Every class passes all its arguments to ``super().__init__`` and makes its text in ``__str__``: so it survives pickle and
+Celery's JSON results. `retryable` says whether sending the same task again can help.
+"""
+
+from typing import Any, ClassVar
+
+
+class BridgeError(Exception):
+    """Base of all errors of the bridge."""
+
+    retryable: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return " ".join(str(arg) for arg in self.args)
+
+
+class StartupError(BridgeError):
+    """The worker cannot start; the text is one line that says what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigurationInvalid(StartupError):
+    """A setting, option or mark that means nothing."""
+
+    exit_code = 64
+
+
+class AppNotImportable(StartupError):
+    """``-A`` names nothing that can be imported."""
+
+    exit_code = 65
+
+
+class BrokerUnreachable(StartupError):
+    """The broker or the result backend does not answer, or refuses."""
+
+    exit_code = 66
+
+
+class TransportUnsupported(StartupError):
+    """A broker transport without an event loop."""
+
+    exit_code = 67
+
+
+class ClusterNotFound(StartupError):
+    """No Ray cluster at the address."""
+
+    exit_code = 68
+
+
+class ClusterAuthFailed(StartupError):
+    """The Ray cluster refused the token."""
+
+    exit_code = 69
+
+
+class ClusterMismatch(StartupError):
+    """Ray or Python differ between the cluster and this worker."""
+
+    exit_code = 70
+
+
+class GpuNotFound(StartupError):
+    """The cluster offers no GPU."""
+
+    exit_code = 71
+
+
+class ActorNotReady(StartupError):
+    """An actor's executor does not start; the text carries the reason from the GPU node."""
+
+    exit_code = 72
+
+
+class StandaloneFailed(StartupError):
+    """``--standalone`` could not start Redis or Ray."""
+
+    exit_code = 73
+
+
+class TaskError(BridgeError):
+    """What one task ends with; the worker and its other tasks go on."""
+
+
+class PayloadInvalid(TaskError):
+    """Arguments that do not fit the task's signature; checked before any GPU is touched and never retried.
+
+    Args:
+        task: the task's name.
+        problems: one dict per problem: ``field`` (dotted path), ``reason``, ``received`` (a type name, never the value).
+    """
+
+    def __init__(self, task: str, problems: list[dict[str, str]]) -> None:
+        super().__init__(task, problems)
+        self.task = task
+        self.problems = problems
+
+    def __str__(self) -> str:
+        listed = "; ".join(f"{p['field']}: {p['reason']} (received {p['received']})" for p in self.problems)
+        return f"{self.task}: invalid payload: {listed}"
+
+
+class GpuOutOfMemory(TaskError):
+    """Too little memory for this task, also when it ran alone. Not a MemoryError: that would end the Celery worker."""
+
+    retryable = True
+
+
+class TaskPoisoned(TaskError):
+    """The task was running each time its executor died.
+
+    Args:
+        task: the task's name.
+        crashes: executor deaths charged to it.
+        last: how the last one ended, for example "signal 11 (SIGSEGV)".
+    """
+
+    def __init__(self, task: str, crashes: int, last: str) -> None:
+        super().__init__(task, crashes, last)
+        self.task, self.crashes, self.last = task, crashes, last
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} was running each of the {self.crashes} times its executor died (last: {self.last}); "
+            "it will not run again. Run its body alone under a debugger, or raise BRIDGE_MAX_CRASHES"
+        )
+
+
+class TaskNotOnActor(TaskError):
+    """The executor's copy of the app does not know the task: the code on the GPU node differs from the worker's."""
+
+
+class ResultInvalid(TaskError):
+    """The body returned something that cannot be sent back."""
+
+
+class RemoteTaskError(TaskError):
+    """The body raised an exception that cannot be rebuilt in this process.
+
+    Args:
+        type_name: the exception's qualified name.
+        message: its text.
+    """
+
+    def __init__(self, type_name: str, message: str) -> None:
+        super().__init__(type_name, message)
+        self.type_name, self.message = type_name, message
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message}"
+
+
+class ClusterUnavailable(TaskError):
+    """No Ray cluster for longer than BRIDGE_CLUSTER_WAIT_S; the task may be sent again."""
+
+    retryable = True
+
+
+def as_text(error: BaseException, limit: int = 400) -> str:
+    """One line about any exception, bounded, for logs and health."""
+    text: Any = f"{type(error).__name__}: {error}".replace("\n", " ")
+    return text if len(text) <= limit else text[: limit - 1] + "…"

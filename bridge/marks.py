@@ -1,0 +1,69 @@
+"""Which tasks of an app are GPU tasks, and with which options.
+
+A task is marked by the task option ``gpu=`` or by its name in `BRIDGE_GPU_TASKS`. A mark that means nothing fails here,
+at start, not when the task runs. Imports neither ray nor cupy: producers import it.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from actors.batching import Batch, batch_of
+from actors.bodies import innermost
+from bridge.errors import ConfigurationInvalid
+
+
+class Gpu(BaseModel):
+    """Options of one GPU task: ``@app.task(gpu=Gpu(memory="2GiB"))``. Unknown options fail where they are written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    memory: ByteSize | None = Field(None, description="device memory the body needs, in bytes or as '2GiB'")
+    max_crashes: int | None = Field(
+        None, ge=1, description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES"
+    )
+    example: tuple[Any, ...] | None = Field(
+        None, description="positional arguments for one real run at warm-up, so that kernels are compiled before work"
+    )
+
+
+class Mark(BaseModel):
+    """A marked task as the bridge sees it: its options, its vectorised form if it has one, and who marked it."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    name: str
+    gpu: Gpu
+    batch: Batch | None
+    configured: bool  # marked by BRIDGE_GPU_TASKS, so the code knows nothing of the bridge
+
+
+def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]:
+    """The GPU tasks among an app's `tasks`, by name.
+
+    Args:
+        tasks: Celery task instances, as in ``app.tasks.values()``.
+        patterns: glob patterns on task names, from `BRIDGE_GPU_TASKS`. Celery's own tasks never match a pattern.
+
+    Raises:
+        ConfigurationInvalid: a ``gpu=`` that is neither True, False nor a `Gpu`.
+    """
+    patterns = list(patterns)
+    marks: dict[str, Mark] = {}
+    for task in tasks:
+        gpu = getattr(task, "gpu", None)
+        configured = False
+        if not gpu and not task.name.startswith("celery."):
+            configured = any(fnmatchcase(task.name, pattern) for pattern in patterns)
+        if gpu is True or configured:
+            gpu = Gpu()  # type: ignore[call-arg]
+        if not gpu:
+            continue
+        if not isinstance(gpu, Gpu):
+            raise ConfigurationInvalid(
+                f"task {task.name}: gpu={gpu!r} means nothing; write gpu=True or gpu=Gpu(...) (from bridge import Gpu)"
+            )
+        marks[task.name] = Mark(name=task.name, gpu=gpu, batch=batch_of(innermost(task)), configured=configured)
+    return marks
