@@ -96,7 +96,9 @@ def _signature_of_one(body: Callable[..., Any]) -> inspect.Signature:
     parameters = []
     for parameter in signature.parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"batched: {body.__qualname__} may have neither *args nor **kwargs nor positional-only ones")
+            raise TypeError(
+                f"batched: {body.__qualname__} may have neither *args nor **kwargs nor positional-only ones"
+            )
         item = _item_type(hints.get(parameter.name))
         if item is None:
             raise TypeError(

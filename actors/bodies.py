@@ -5,6 +5,7 @@ have put autoretry (`task._orig_run`) and its pydantic wrapper (a closure over `
 may define `__call__`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,19 @@ def innermost(task: Any) -> Callable[..., Any]:
     """The body as the user wrote it, bound to the task when it is a method of it."""
     run = _run_slot(task)
     cell = _pydantic_cell(run)
-    return run if cell is None else cell.cell_contents  # type: ignore[no-any-return]
+    if cell is None:
+        return run  # type: ignore[no-any-return]
+    body = cell.cell_contents
+    return functools.partial(body, task) if _is_method(run) else body  # type: ignore[no-any-return]
 
 
 def replace_innermost(task: Any, replacement: Callable[..., Any]) -> None:
     """Put `replacement` in the body's place, so that whatever Celery wraps around the body stays around it."""
     run = _run_slot(task)
     cell = _pydantic_cell(run)
-    if cell is not None:
+    if cell is not None and _is_method(run):  # with bind=True the wrapper hands its `self` through
+        cell.cell_contents = lambda _task, *args, **kwargs: replacement(*args, **kwargs)
+    elif cell is not None:
         cell.cell_contents = replacement
     elif hasattr(task, "_orig_run"):
         task._orig_run = replacement
@@ -55,6 +61,10 @@ def without_custom_call(task: Any) -> None:
 
 def _run_slot(task: Any) -> Any:
     return getattr(task, "_orig_run", task.run)
+
+
+def _is_method(run: Any) -> bool:
+    return getattr(run, "__self__", None) is not None
 
 
 def _pydantic_cell(run: Any) -> Any:

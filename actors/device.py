@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy
 
 #: CUDA statuses after which the process must end (facts 1.6: CUDA's headers say "must be terminated and relaunched").
-FATAL_STATUSES = frozenset({4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999})
+FATAL_STATUSES = frozenset(
+    {4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999}
+)
 
 _REASONS = {
     2: "out of memory while the context was created: another process holds the GPU's memory",

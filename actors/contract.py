@@ -1,0 +1,215 @@
+"""What crosses process boundaries between driver, actor and executor: plain tuples, nothing of the user's app.
+
+Arguments and values travel as pickled bytes that only the driver and the executor open, because only they have the
+user's app; the actor passes them on unread. Seconds and bytes everywhere; times are durations or `time.monotonic`.
+"""
+
+import signal
+from enum import IntEnum, StrEnum
+from typing import Any, NamedTuple
+
+#: Raised with every incompatible change of this file; an actor of another version is not used.
+PROTOCOL = 1
+
+
+class Release(NamedTuple):
+    """One version of the user's code and how an executor loads it; `id` tells releases apart."""
+
+    id: str
+    app: str  # "module:attribute"
+    script: str  # the file when the app's module was run as a script, else ""
+    sys_path: tuple[str, ...]
+    workdir: str
+    includes: tuple[str, ...]  # task modules beyond what importing the app registers
+    tasks: tuple[str, ...]  # the only task names its executor runs
+    environment: tuple[tuple[str, str], ...]
+
+
+class TaskCall(NamedTuple):
+    """One task inside a call; `payload` is the pickled (args, kwargs, request context)."""
+
+    token: str  # unique per execution, so that nothing late ever hits a second one
+    name: str
+    payload: bytes
+    soft_limit_s: float | None
+    hard_limit_s: float | None
+
+
+class Call(NamedTuple):
+    """One or many tasks that travel together to one actor."""
+
+    id: str
+    driver: str
+    release: str
+    tasks: tuple[TaskCall, ...]
+    estimate_s: float
+
+
+class FailureKind(StrEnum):
+    """Why a task has no value; the driver turns each into an exception."""
+
+    RAISED = "raised"  # the body raised; `exception` holds it when it can be rebuilt
+    RETRY = "retry"  # the body asked Celery to retry or replace it; `exception` holds the wish
+    OUT_OF_MEMORY = "out of memory"
+    HARD_LIMIT = "hard limit"
+    CANCELLED = "cancelled"
+    CRASHED = "crashed"  # the task was running when its executor died by itself: charged
+    SUSPECT = "suspect"  # it shared a run with others when its executor died: runs again alone, not yet charged
+    LOST = "lost"  # it did not finish for a reason of somebody else: runs again, nobody is charged
+    UNKNOWN_TASK = "unknown task"
+    NOT_SENDABLE = "not sendable"  # the value cannot be pickled
+
+
+class LogLine(NamedTuple):
+    """One log record of a body, re-emitted by the driver."""
+
+    level: int
+    logger: str
+    text: str
+
+
+class Succeeded(NamedTuple):
+    """A body's value, pickled; `wishes` are the Celery calls (such as update_state) the body made."""
+
+    token: str
+    value: bytes
+    run_s: float
+    batch: int  # tasks that shared this run of the body
+    logs: tuple[LogLine, ...] = ()
+    wishes: bytes = b""
+
+
+class Failed(NamedTuple):
+    """Why a task has no value, as data that any process can read."""
+
+    token: str
+    kind: FailureKind
+    type_name: str
+    message: str
+    traceback: str = ""
+    exception: bytes | None = None
+    run_s: float = 0.0
+    logs: tuple[LogLine, ...] = ()
+    wishes: bytes = b""
+
+
+class Large(NamedTuple):
+    """The outcome is too large for a shared reply: `fetch` it as a return of its own."""
+
+    token: str
+    size_bytes: int
+
+
+class Pending(NamedTuple):
+    """Not finished when the reply left: `collect` it."""
+
+    token: str
+    running: bool
+    wishes: bytes = b""  # what the running body has asked of Celery so far (progress)
+
+
+Outcome = Succeeded | Failed
+Answer = Succeeded | Failed | Large | Pending
+
+
+class Reply(NamedTuple):
+    """What a call or a collect returns: one answer per task asked for, and how busy the actor is."""
+
+    answers: tuple[Answer, ...]
+    queue_s: float  # estimated seconds of work ahead of a new call
+
+
+class Busy(NamedTuple):
+    """The actor's queue is full; nothing of the call was taken."""
+
+    queue_s: float
+
+
+class ActorState(StrEnum):
+    """What an actor can do for a release."""
+
+    STARTING = "starting"  # its executor is importing or warming up
+    READY = "ready"
+    FAILING = "failing"  # its executor does not start; tried again with backoff
+
+
+class Health(NamedTuple):
+    """An actor's own account of itself."""
+
+    protocol: int
+    slot: int
+    node: str
+    pid: int
+    state: ActorState
+    reason: str  # why it is FAILING, or which step STARTING is at
+    device: dict[str, Any]  # DeviceInfo as a dict, empty before the first warm-up
+    executor_pid: int
+    generation: int  # executors started so far
+    warm_s: float
+    tasks: int
+    calls: int
+    crashes: int
+    queued: int
+    running: str  # name of the task that runs now, or ""
+    by_task: dict[str, dict[str, float]]  # name -> tasks, runs, mean_s
+    memory_used_bytes: int
+    memory_total_bytes: int
+
+
+# Between actor and executor, over their pipe.
+
+#: Sent by the actor to its executor; SIGUSR1 is what Celery uses for soft limits, too.
+INTERRUPT_SIGNAL = signal.SIGUSR1
+#: Ends an executor whose CUDA context is broken; the actor reads it from the exit code.
+EXIT_DEVICE_BROKEN = 86
+#: Ends an executor that could not load the release or warm the device; it has said why.
+EXIT_NOT_STARTED = 87
+
+
+class Reason(IntEnum):
+    """Why a body is interrupted."""
+
+    SOFT_LIMIT = 1
+    CANCEL = 2
+
+
+class Config(NamedTuple):
+    """What an executor is started with."""
+
+    release: Release
+    device: str  # auto, cuda or cpu
+    memory_limit: str  # of CuPy's pool, as CUPY_GPU_MEMORY_LIMIT takes it
+    log_level: int
+    log_limit_bytes: int
+
+
+class Step(NamedTuple):
+    """Start-up has come to this point."""
+
+    text: str
+
+
+class Ready(NamedTuple):
+    """Warm: from now on the executor waits for calls."""
+
+    device: dict[str, Any]
+    warm_s: float
+
+
+class NotStarted(NamedTuple):
+    """Start-up failed; `device` tells whether the device or the app is the reason."""
+
+    reason: str
+    device: bool
+
+
+class Bell(NamedTuple):
+    """There is something new in the journal."""
+
+
+class Done(NamedTuple):
+    """The call has ended; memory in bytes, 0 where unknown."""
+
+    call: str
+    memory_used: int
+    memory_total: int

@@ -1,0 +1,114 @@
+"""A call while the actor has it: what is still to run, what has finished, who waits."""
+
+import pickle
+import threading
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from actors.contract import Answer, Call, Failed, FailureKind, Large, Outcome, Pending, Reply, Succeeded, TaskCall
+
+
+class Limits(NamedTuple):
+    """Sizes in bytes, times in seconds; the driver's settings set them when the actor is created."""
+
+    inline_bytes: int  # an outcome above this travels as a return of its own
+    queued_tasks: int  # above this a call is refused as Busy
+    reply_after_s: float  # a call answers after this, finished or not
+    lease_s: float  # queued tasks of a driver not heard of for this long are dropped
+    keep_warm_s: float  # without any driver for this long the actor ends
+    grace_s: float  # from a cancelled body's interrupt to the end of its executor
+
+
+class Entry:
+    """One call in the actor's hands; all access under the actor's lock."""
+
+    def __init__(self, call: Call, lock: threading.RLock) -> None:
+        self.call = call
+        self.changed = threading.Condition(lock)
+        self.todo: list[TaskCall] = list(call.tasks)
+        self.sent: list[TaskCall] = []  # what the executor has now; the journal's indices point here
+        self.cancelled: dict[str, float] = {}  # token -> when
+        self._outcomes: dict[str, Outcome] = {}
+        self._undelivered = {task.token for task in call.tasks}
+
+    @property
+    def is_finished(self) -> bool:
+        """Every task has an outcome."""
+        return not self.todo
+
+    @property
+    def is_delivered(self) -> bool:
+        """Every outcome has left; the entry can be forgotten."""
+        return not self._undelivered
+
+    def has_news(self) -> bool:
+        """There is an outcome that has not left yet."""
+        return not self._undelivered.isdisjoint(self._outcomes)
+
+    def record(self, outcome: Outcome) -> TaskCall | None:
+        """Take a task's outcome; the task, or None when it had one already."""
+        for index, task in enumerate(self.todo):
+            if task.token == outcome.token:
+                del self.todo[index]
+                self._outcomes[outcome.token] = outcome
+                self.changed.notify_all()
+                return task
+        return None
+
+    def fail(self, tasks: Iterable[TaskCall], kind: FailureKind, message: str) -> None:
+        """Give tasks an outcome that no body produced."""
+        for task in list(tasks):
+            self.record(Failed(task.token, kind, kind.name, message))
+
+    def deliver(self, inline_bytes: int, running: frozenset[str], large: dict[str, bytes]) -> tuple[Answer, ...]:
+        """Answers for all tasks that have not left; large outcomes move to `large` until they are fetched."""
+        answers: list[Answer] = []
+        for task in self.call.tasks:
+            if task.token not in self._undelivered:
+                continue
+            outcome = self._outcomes.pop(task.token, None)
+            if outcome is None:
+                answers.append(Pending(task.token, task.token in running))
+                continue
+            self._undelivered.discard(task.token)
+            size = _size(outcome)
+            if size > inline_bytes:
+                large[task.token] = pickle.dumps(outcome, 5)
+                answers.append(Large(task.token, size))
+            else:
+                answers.append(outcome)
+        return tuple(answers)
+
+
+class Tally:
+    """What an actor has done, per task name."""
+
+    def __init__(self) -> None:
+        self.tasks = 0
+        self.calls = 0
+        self.crashes = 0
+        self._by_task: dict[str, list[float]] = {}
+
+    def add(self, name: str, outcome: Outcome) -> None:
+        """Count one task; a batch of n counts as one run."""
+        self.tasks += 1
+        row = self._by_task.setdefault(name, [0, 0.0, 0.0])
+        row[0] += 1
+        row[1] += 1 / outcome.batch if isinstance(outcome, Succeeded) else 1
+        row[2] += outcome.run_s
+
+    def by_task(self) -> dict[str, dict[str, float]]:
+        """Per task name: tasks, runs of its body, mean seconds per task."""
+        return {
+            name: {"tasks": tasks, "runs": round(runs), "mean_s": seconds / tasks}
+            for name, (tasks, runs, seconds) in self._by_task.items()
+        }
+
+
+def lost(call: Call, message: str) -> Reply:
+    """The answer about a call this actor does not have."""
+    return Reply(tuple(Failed(task.token, FailureKind.LOST, "LOST", message) for task in call.tasks), 0.0)
+
+
+def _size(outcome: Outcome) -> int:
+    return len(outcome.value) if isinstance(outcome, Succeeded) else len(outcome.exception or b"")

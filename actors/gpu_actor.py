@@ -1,0 +1,75 @@
+"""The Ray actor: reserves one GPU and lends `ActorShell` to drivers. The only file here that imports ray.
+
+Named by slot, detached, shared by all workers of a namespace. Its constructor touches no CUDA: an exception there would
+be permanent death for the actor.
+"""
+
+import ray
+
+from actors.contract import Busy, Call, Config, Health, Reply
+from actors.entries import Limits
+from actors.shell import ActorShell
+
+#: Call threads: two calls and two collects of each driver that shares the actor, with room; threads are cheap.
+CALL_THREADS = 64
+
+
+@ray.remote
+class GpuActor:
+    """One GPU: calls in, outcomes out; control methods answer while bodies run."""
+
+    def __init__(self, slot: int, limits: Limits) -> None:
+        self._shell = ActorShell(slot, limits, on_abandoned=self._end)
+
+    def run(self, call: Call) -> Reply | Busy:
+        """See `ActorShell.run`."""
+        return self._shell.run(call)
+
+    def collect(self, call: Call, wait_s: float) -> Reply:
+        """See `ActorShell.collect`."""
+        return self._shell.collect(call, wait_s)
+
+    def fetch(self, token: str) -> bytes:
+        """See `ActorShell.fetch`; a return of its own, so that the caller owns it."""
+        return self._shell.fetch(token)
+
+    @ray.method(concurrency_group="control")
+    def hello(self, driver: str, supersedes: str, config: Config) -> Health:
+        """See `ActorShell.hello`."""
+        return self._shell.hello(driver, supersedes, config)
+
+    @ray.method(concurrency_group="control")
+    def health(self, driver: str, release: str) -> Health:
+        """See `ActorShell.health`."""
+        return self._shell.health(driver, release)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, call_id: str, tokens: list[str]) -> None:
+        """See `ActorShell.cancel`."""
+        self._shell.cancel(call_id, tokens)
+
+    @ray.method(concurrency_group="control")
+    def drain(self) -> None:
+        """See `ActorShell.drain`."""
+        self._shell.drain()
+
+    def _end(self) -> None:
+        """End for good: only a kill from inside keeps Ray from restarting an actor with endless restarts."""
+        self._shell.close()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def options(name: str, namespace: str, num_cpus: float) -> dict[str, object]:
+    """How the actor is created: whoever comes first creates it, all others find it."""
+    return {
+        "name": name,
+        "namespace": namespace,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_gpus": 1,
+        "num_cpus": num_cpus,
+        "max_restarts": -1,
+        "max_task_retries": 0,  # running again is decided by blame, not by Ray
+        "max_concurrency": CALL_THREADS,
+        "concurrency_groups": {"control": 4},
+    }

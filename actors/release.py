@@ -1,0 +1,79 @@
+"""Load one release of the user's app in an executor, and make its tasks ready to run there.
+
+In the executor a marked task keeps its class's ``__call__`` and its body; what Celery wraps around a body (autoretry,
+pydantic) stays in the driver. Whatever a body asks of Celery (retry, replace, update_state) becomes data.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from celery.app.trace import setup_worker_optimizations
+
+from actors.batching import Batch, batch_of
+from actors.bodies import has_custom_call, innermost, is_pydantic
+from actors.contract import Release
+from actors.wishes import Wishes
+
+
+class LoadedTask:
+    """One task as the executor runs it."""
+
+    __slots__ = ("batch", "call", "keeps_models", "name", "task")
+
+    def __init__(self, task: Any, wishes: Wishes) -> None:
+        body = innermost(task)
+        self.name: str = task.name
+        self.task = task
+        self.batch: Batch | None = batch_of(body)
+        self.keeps_models = is_pydantic(task)  # Celery's wrapper dumps them, in the driver
+        task.run = body
+        wishes.install(task)
+        self.call: Callable[..., Any] = task if has_custom_call(task) else body
+
+
+def load_app(release: Release) -> Any:
+    """Import the release's Celery app and its task modules; whatever the import raises passes through."""
+    for name, value in release.environment:
+        os.environ.setdefault(name, value)
+    os.chdir(release.workdir)
+    sys.path[:] = [entry for entry in release.sys_path if entry not in sys.path] + sys.path
+    module, _, attribute = release.app.partition(":")
+    app = getattr(
+        _import_script(module, release.script) if release.script else importlib.import_module(module), attribute
+    )
+    app.loader.import_default_modules()
+    for include in release.includes:
+        importlib.import_module(include)
+    setup_worker_optimizations(app)  # current app, and no second request when a custom __call__ calls super()
+    return app
+
+
+def load_tasks(app: Any, release: Release, wishes: Wishes) -> dict[str, LoadedTask]:
+    """The release's GPU tasks, and no others: a message can name only these.
+
+    Raises:
+        LookupError: the app here lacks a task the worker's app has.
+    """
+    missing = [name for name in release.tasks if name not in app.tasks]
+    if missing:
+        raise LookupError(
+            f"the app imported here has no task {', '.join(missing)}: is this node's code another version?"
+        )
+    return {name: LoadedTask(app.tasks[name], wishes) for name in release.tasks}
+
+
+def _import_script(name: str, path: str) -> Any:
+    """Import an app that the worker ran as a script, under the name of its file."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

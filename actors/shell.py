@@ -1,0 +1,431 @@
+"""The actor without Ray: queue, leases, releases, limits, and one supervisor thread that owns the executors.
+
+Call threads put entries into the queue and wait; the supervisor feeds executors, enforces limits and, when an executor
+dies, reads from its journal who was running. It never touches CUDA and never imports the user's app.
+"""
+
+import os
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+from actors.child import Child, is_outcome
+from actors.contract import (
+    PROTOCOL,
+    ActorState,
+    Busy,
+    Call,
+    Config,
+    Done,
+    FailureKind,
+    Health,
+    Outcome,
+    Reason,
+    Reply,
+)
+from actors.entries import Entry, Limits, Tally, lost
+
+#: Executors at once: the release in use and the one that takes over.
+MAX_CHILDREN = 2
+#: An executor of a release nobody has called for this long ends, once a newer one is there.
+RETIRE_AFTER_S = 30.0
+#: First and longest pause between attempts to start an executor.
+BACKOFF_S = (0.5, 30.0)
+#: After this many failed starts in a row, queued calls are handed back to their drivers.
+START_ATTEMPTS = 3
+#: An interrupt that has not reached its body is sent again after this pause.
+RESEND_S = 0.02
+
+
+class ActorShell:
+    """What a GPU actor does; thread-safe. `on_abandoned` is called once when no driver wants the actor any more."""
+
+    def __init__(self, slot: int, limits: Limits, on_abandoned: Callable[[], None]) -> None:
+        self._slot = slot
+        self._limits = limits
+        self._on_abandoned = on_abandoned
+        self._lock = threading.RLock()
+        self._queue: deque[Entry] = deque()
+        self._entries: dict[str, Entry] = {}
+        self._large: dict[str, bytes] = {}
+        self._drivers: dict[str, float] = {}
+        self._superseded: set[str] = set()
+        self._configs: dict[str, Config] = {}
+        self._children: dict[str, Child] = {}
+        self._used_at: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._retry_at: dict[str, float] = {}
+        self._reasons: dict[str, str] = {}
+        self._latest = ""  # the release of the last hello
+        self._active: tuple[Entry, Child] | None = None
+        self._interrupted: dict[int, float] = {}  # serial of the running body -> when last signalled
+        self._tally = Tally()
+        self._generation = 0
+        self._memory = (0, 0)
+        self._heard_at = time.monotonic()
+        self._closing = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._thread.start()
+
+    # what drivers ask
+
+    def hello(self, driver: str, supersedes: str, config: Config) -> Health:
+        """A driver introduces itself and the release it wants; a superseded driver's work is dropped."""
+        with self._lock:
+            if supersedes:
+                self._supersede(supersedes)
+            self._configs[config.release.id] = config
+            self._latest = config.release.id
+            self._hear(driver)
+            self._wake()
+            return self._health(config.release.id)
+
+    def health(self, driver: str, release: str) -> Health:
+        """The actor's account of itself for a release; renews the driver's lease."""
+        with self._lock:
+            self._hear(driver)
+            return self._health(release)
+
+    def run(self, call: Call) -> Reply | Busy:
+        """Take a call; answers when it is finished, or after `reply_after_s` with what there is."""
+        with self._lock:
+            self._hear(call.driver)
+            if call.release not in self._configs:
+                return lost(call, "the actor was restarted and does not know this release yet")
+            queued = sum(len(entry.todo) for entry in self._entries.values())
+            if self._closing or (queued and queued + len(call.tasks) > self._limits.queued_tasks):
+                return Busy(self._queue_s())
+            entry = Entry(call, self._lock)
+            self._entries[call.id] = entry
+            self._queue.append(entry)
+            self._wake()
+            entry.changed.wait_for(lambda: entry.is_finished, self._limits.reply_after_s)
+            return self._reply(entry)
+
+    def collect(self, call: Call, wait_s: float) -> Reply:
+        """What has finished of an earlier call; waits up to `wait_s` for the next outcome."""
+        with self._lock:
+            self._hear(call.driver)
+            entry = self._entries.get(call.id)
+            if entry is None:
+                return lost(call, "the actor was restarted")
+            entry.changed.wait_for(entry.has_news, wait_s)
+            return self._reply(entry)
+
+    def fetch(self, token: str) -> bytes:
+        """A large outcome, pickled; once."""
+        with self._lock:
+            return self._large.pop(token)
+
+    def cancel(self, call_id: str, tokens: list[str]) -> None:
+        """Withdraw tasks that wait and interrupt the one that runs; it ends with its executor after the grace time."""
+        with self._lock:
+            entry = self._entries.get(call_id)
+            if entry is not None:
+                self._cancel(entry, tokens)
+
+    def drain(self) -> None:
+        """Take no new calls; the actor ends when what it has is delivered."""
+        with self._lock:
+            self._closing = True
+            self._wake()
+
+    def close(self) -> None:
+        """End the executors at once."""
+        with self._lock:
+            self._closing = True
+            for child in self._children.values():
+                child.kill("the actor ends")
+
+    # leases
+
+    def _hear(self, driver: str) -> None:
+        self._drivers[driver] = self._heard_at = time.monotonic()
+
+    def _supersede(self, driver: str) -> None:
+        self._superseded.add(driver)
+        self._drivers.pop(driver, None)
+        self._drop([entry for entry in self._entries.values() if entry.call.driver == driver], "superseded")
+
+    def _drop(self, entries: list[Entry], why: str) -> None:
+        """Forget the calls of a driver that is gone; what runs of them is interrupted."""
+        for entry in entries:
+            if self._active is not None and self._active[0] is entry:
+                self._cancel(entry, [task.token for task in entry.todo])
+            else:
+                entry.fail(entry.todo, FailureKind.LOST, why)
+            if entry in self._queue:
+                self._queue.remove(entry)
+            self._entries.pop(entry.call.id, None)
+
+    def _expire_leases(self, now: float) -> None:
+        gone = {driver for driver, heard in self._drivers.items() if now - heard > self._limits.lease_s}
+        for driver in gone:
+            del self._drivers[driver]
+            self._drop([entry for entry in self._entries.values() if entry.call.driver == driver], "lease ran out")
+
+    # the supervisor
+
+    def _supervise(self) -> None:
+        while True:
+            with self._lock:
+                if self._is_over():
+                    break
+                self._start_children()
+                self._start_call()
+                pipes = {child.pipe: child for child in self._children.values()}
+                timeout = self._next_look()
+            for ready in wait([self._wake_read, *pipes], timeout):
+                if ready == self._wake_read:
+                    os.read(self._wake_read, 4096)
+                else:
+                    self._read(pipes[ready])  # type: ignore[index]
+            with self._lock:
+                now = time.monotonic()
+                self._look_at_running(now)
+                self._expire_leases(now)
+        self._on_abandoned()
+
+    def _is_over(self) -> bool:
+        idle = not self._entries
+        unwanted = time.monotonic() - self._heard_at > self._limits.keep_warm_s
+        return idle and (self._closing or unwanted)
+
+    def _start_children(self) -> None:
+        wanted = dict.fromkeys([self._latest] if self._latest else [])
+        wanted.update(dict.fromkeys(entry.call.release for entry in self._queue))
+        now = time.monotonic()
+        self._retire(set(wanted), now)
+        for release in wanted:
+            if release in self._children or now < self._retry_at.get(release, 0.0):
+                continue
+            if len(self._children) >= MAX_CHILDREN:
+                break
+            self._generation += 1
+            self._children[release] = Child(self._configs[release])
+
+    def _retire(self, wanted: set[str], now: float) -> None:
+        """End executors of old releases: when they have been idle, or at once when a third release needs the room."""
+        crowded = len(wanted | set(self._children)) > MAX_CHILDREN
+        for release, child in list(self._children.items()):
+            busy = self._active is not None and self._active[1] is child
+            idle_s = now - self._used_at.get(release, child.started_at)
+            if release in wanted or busy or child.planned_end:
+                continue
+            if crowded or (idle_s > RETIRE_AFTER_S and self._is_ready(self._latest)):
+                child.kill("retired")
+
+    def _is_ready(self, release: str) -> bool:
+        child = self._children.get(release)
+        return child is not None and child.ready is not None
+
+    def _start_call(self) -> None:
+        """Give the first call whose executor is ready to it."""
+        if self._active is not None:
+            return None
+        for entry in self._queue:
+            if self._is_ready(entry.call.release) and not self._children[entry.call.release].planned_end:
+                break
+        else:
+            return None
+        self._queue.remove(entry)
+        child = self._children[entry.call.release]
+        entry.fail([task for task in entry.todo if task.token in entry.cancelled], FailureKind.CANCELLED, "withdrawn")
+        if entry.is_finished:
+            return self._start_call()
+        entry.sent = list(entry.todo)
+        self._active = entry, child
+        try:
+            child.send(entry.call._replace(tasks=tuple(entry.sent)))
+        except OSError:
+            pass  # it is dead: the pipe's end is read next, and the entry goes back to the queue
+        return None
+
+    def _read(self, child: Child) -> None:
+        try:
+            message = child.receive()
+        except EOFError:
+            with self._lock:
+                self._bury(child)
+            return
+        with self._lock:
+            release = child.release.id
+            if child.ready is not None:
+                self._failures.pop(release, None)
+                self._reasons.pop(release, None)
+            if self._active is not None and self._active[1] is child:
+                self._take(self._active[0], child, [message] if is_outcome(message) else [])
+                if isinstance(message, Done):
+                    self._memory = message.memory_used, message.memory_total
+                    self._finish_call(child)
+
+    def _take(self, entry: Entry, child: Child, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes + child.new_outcomes():
+            task = entry.record(outcome)
+            if task is not None:
+                self._tally.add(task.name, outcome)
+
+    def _finish_call(self, child: Child) -> None:
+        entry, _ = self._active  # type: ignore[misc]
+        self._active = None
+        self._interrupted.clear()
+        self._used_at[child.release.id] = time.monotonic()
+        self._tally.calls += 1
+        entry.fail(entry.todo, FailureKind.LOST, "the executor gave no outcome")  # cannot happen; better than silence
+
+    def _bury(self, child: Child) -> None:
+        """An executor is gone: what it finished counts, who was running is charged, the rest goes to its successor."""
+        how = child.reap()
+        release = child.release.id
+        del self._children[release]
+        if child.ready is None:
+            self._note_failed_start(child, how)
+        if self._active is not None and self._active[1] is child:
+            entry, self._active = self._active[0], None
+            self._interrupted.clear()
+            self._take(entry, child, [])
+            self._charge(entry, child, how)
+            if not entry.is_finished:
+                self._queue.appendleft(entry)
+        child.close()
+
+    def _charge(self, entry: Entry, child: Child, how: str) -> None:
+        running = child.running()
+        if running is None:
+            return
+        tasks = [task for task in entry.sent[running.first : running.first + running.count] if task in entry.todo]
+        if child.planned_end and running.serial == child.serial_to_end:
+            aimed = [task for task in tasks if len(tasks) == 1 or task.token in entry.cancelled]
+            kind = FailureKind.CANCELLED if child.planned_end == "cancelled" else FailureKind.HARD_LIMIT
+            entry.fail(aimed or tasks, kind, child.planned_end)
+        elif not child.planned_end:
+            self._tally.crashes += 1
+            entry.fail(tasks, FailureKind.CRASHED if len(tasks) == 1 else FailureKind.SUSPECT, how)
+        # whoever else was running when the actor itself ended the executor is innocent: it stays in the queue
+
+    def _note_failed_start(self, child: Child, how: str) -> None:
+        release = child.release.id
+        if child.planned_end:
+            return
+        failures = self._failures[release] = self._failures.get(release, 0) + 1
+        first, longest = BACKOFF_S
+        self._retry_at[release] = time.monotonic() + min(longest, first * 2 ** (failures - 1))
+        reason = child.failed.reason if child.failed else f"its process ended while {child.step}: {how}"
+        self._reasons[release] = f"{reason} (attempt {failures})"
+        if failures >= START_ATTEMPTS:
+            for entry in [entry for entry in self._queue if entry.call.release == release]:
+                entry.fail(entry.todo, FailureKind.LOST, f"executor does not start: {reason}")
+                self._queue.remove(entry)
+
+    # limits and cancellation
+
+    def _cancel(self, entry: Entry, tokens: list[str]) -> None:
+        now = time.monotonic()
+        entry.cancelled.update({token: now for token in tokens if token not in entry.cancelled})
+        if self._active is not None and self._active[0] is entry:
+            for index, task in enumerate(entry.sent):
+                if task.token in tokens:
+                    self._active[1].journal.cancel(index)
+        self._wake()
+
+    def _look_at_running(self, now: float) -> None:
+        """Enforce limits and cancellations on the body that runs now."""
+        if self._active is None:
+            return
+        entry, child = self._active
+        running = child.running()
+        if running is None or child.planned_end:
+            return
+        tasks = entry.sent[running.first : running.first + running.count]
+        ran_s = now - running.started_ns / 1e9
+        cancelled = [entry.cancelled[task.token] for task in tasks if task.token in entry.cancelled]
+        alone = len(tasks) == 1  # one cancelled task of a shared run ends when the run ends
+        if alone and cancelled and now - cancelled[0] > self._limits.grace_s:
+            child.kill("cancelled", running.serial)
+        elif _exceeded(ran_s, [task.hard_limit_s for task in tasks]):
+            child.kill("hard limit", running.serial)
+        elif alone and cancelled:
+            self._interrupt(child, running.serial, Reason.CANCEL, now)
+        elif _exceeded(ran_s, [task.soft_limit_s for task in tasks]):
+            self._interrupt(child, running.serial, Reason.SOFT_LIMIT, now)
+
+    def _interrupt(self, child: Child, serial: int, reason: Reason, now: float) -> None:
+        if child.journal.taken() != serial or self._interrupted.get(serial) != reason:
+            self._interrupted = {serial: reason}
+            child.interrupt(serial, reason)
+
+    def _next_look(self) -> float:
+        """Seconds until something must be looked at without being asked."""
+        times = [1.0]
+        times += [at - time.monotonic() for at in self._retry_at.values() if at > time.monotonic()]
+        if self._active is not None:
+            entry, child = self._active
+            running = child.running()
+            ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
+            for task in entry.todo:
+                for limit in (task.soft_limit_s, task.hard_limit_s):
+                    if limit:
+                        times.append(limit - ran_s if limit > ran_s else RESEND_S)
+            if entry.cancelled:
+                times.append(RESEND_S)
+        return max(0.001, min(times))
+
+    # answers
+
+    def _reply(self, entry: Entry) -> Reply:
+        running: frozenset[str] = frozenset()
+        if self._active is not None and self._active[0] is entry:
+            self._take(entry, self._active[1], [])
+            now = self._active[1].running()
+            if now is not None:
+                running = frozenset(task.token for task in entry.sent[now.first : now.first + now.count])
+        answers = entry.deliver(self._limits.inline_bytes, running, self._large)
+        if entry.is_delivered:
+            self._entries.pop(entry.call.id, None)
+        return Reply(answers, self._queue_s())
+
+    def _queue_s(self) -> float:
+        waiting = sum(entry.call.estimate_s for entry in self._queue)
+        return waiting + (self._active[0].call.estimate_s if self._active is not None else 0.0)
+
+    def _health(self, release: str) -> Health:
+        child = self._children.get(release)
+        ready = child.ready if child else None
+        if ready is not None:
+            state, reason = ActorState.READY, ""
+        elif release in self._reasons:
+            state, reason = ActorState.FAILING, self._reasons[release]
+        else:
+            state, reason = ActorState.STARTING, child.step if child else "queued"
+        running = self._running_names()
+        return Health(
+            protocol=PROTOCOL, slot=self._slot, node=platform.node(), pid=os.getpid(), state=state, reason=reason,
+            device=ready.device if ready else {}, executor_pid=child.process.pid if child else 0,
+            generation=self._generation, warm_s=ready.warm_s if ready else 0.0, tasks=self._tally.tasks,
+            calls=self._tally.calls, crashes=self._tally.crashes,
+            queued=sum(len(entry.todo) for entry in self._queue), running=running, by_task=self._tally.by_task(),
+            memory_used_bytes=self._memory[0], memory_total_bytes=self._memory[1],
+        )  # fmt: skip
+
+    def _running_names(self) -> str:
+        if self._active is None:
+            return ""
+        entry, child = self._active
+        running = child.running()
+        return entry.sent[running.first].name if running else ""
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"x")
+        except BlockingIOError:
+            pass  # it is awake already
+
+
+def _exceeded(ran_s: float, limits: list[Any]) -> bool:
+    return any(limit is not None and limit and ran_s >= limit for limit in limits)

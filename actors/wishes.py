@@ -1,0 +1,70 @@
+"""What a body asks of Celery while it runs on a GPU node: recorded here, granted by the driver.
+
+GPU nodes need neither broker nor result backend. `self.retry` and `self.replace` end the body as they do in Celery;
+`self.update_state` and `self.send_event` let it go on. The driver grants each wish with the same method of the real task.
+"""
+
+import pickle
+from typing import Any, NamedTuple
+
+from celery.exceptions import Ignore, MaxRetriesExceededError, Retry
+
+
+class Wish(NamedTuple):
+    """One call of a Celery method of the task: ``getattr(task, method)(*args, **kwargs)``."""
+
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class RetryWanted(Retry):
+    """Ends a body that called ``self.retry()``; a subclass of Retry, so that bodies treat it as they treat Celery's."""
+
+
+class ReplaceWanted(Ignore):
+    """Ends a body that called ``self.replace()``."""
+
+
+class Wishes:
+    """Collects the wishes of the body that runs now."""
+
+    def __init__(self) -> None:
+        self._wishes: list[Wish] = []
+
+    def install(self, task: Any) -> None:
+        """Give a task, in this process, methods that record instead of publishing or storing."""
+        task.retry = lambda *args, **kwargs: self._retry(task, *args, **kwargs)
+        task.replace = self._replace
+        task.update_state = lambda *args, **kwargs: self._record("update_state", args, kwargs)
+        task.send_event = lambda *args, **kwargs: self._record("send_event", args, kwargs)
+
+    def take(self) -> bytes:
+        """The wishes recorded since the last take, pickled; empty when there are none."""
+        if not self._wishes:
+            return b""
+        wishes, self._wishes = self._wishes, []
+        return pickle.dumps(wishes, 5)
+
+    def _record(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._wishes.append(Wish(method, args, kwargs))
+
+    def _retry(
+        self, task: Any, args: Any = None, kwargs: Any = None, exc: Any = None, throw: bool = True, **options: Any
+    ) -> Any:
+        limit = options.get("max_retries", task.max_retries)
+        if limit is not None and task.request.retries >= limit:  # Celery's own rule, so that the body sees its outcome
+            if exc is not None:
+                raise exc
+            raise MaxRetriesExceededError(
+                f"Can't retry {task.name}[{task.request.id}] args:{task.request.args} kwargs:{task.request.kwargs}"
+            )
+        self._record("retry", (args, kwargs), {"exc": exc, "throw": False, **options})
+        wanted = RetryWanted("Task can be retried", exc, options.get("eta") or options.get("countdown"))
+        if throw:
+            raise wanted
+        return wanted
+
+    def _replace(self, sig: Any) -> Any:
+        self._record("replace", (sig,), {})
+        raise ReplaceWanted("Replaced by new task")
