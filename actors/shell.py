@@ -405,7 +405,7 @@ class ActorShell:
             state, reason = ActorState.STARTING, child.step if child else "queued"
         running = self._running_names()
         return Health(
-            protocol=PROTOCOL, slot=self._slot, node=platform.node(), pid=os.getpid(), state=state, reason=reason,
+            protocol=PROTOCOL, slot=self._slot, node=platform.node(), pid=os.getpid(), state=state, reason=reason, failed_starts=self._failures.get(release, 0),
             device=ready.device if ready else {}, executor_pid=child.process.pid if child else 0,
             generation=self._generation, warm_s=ready.warm_s if ready else 0.0, tasks=self._tally.tasks,
             calls=self._tally.calls, crashes=self._tally.crashes,

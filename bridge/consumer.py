@@ -1,0 +1,88 @@
+"""What may enter the worker: GPU tasks wait for a slot of their own, CPU tasks for a child, as ever.
+
+Everything reaches the pool through the consumer's `on_task_request`: direct, ETA and rate-limited tasks alike. Prefetch
+grows by one per GPU task held unacknowledged, by Celery's own mechanism for ETA tasks, and shrinks with them.
+"""
+
+from typing import Any
+
+from celery.exceptions import TaskRevokedError
+from celery.worker.state import reserved_requests
+from kombu.asynchronous.semaphore import LaxBoundedSemaphore
+
+from bridge.supervisor import GpuRequest
+
+
+class HybridConsumer:
+    """Mixed into the worker's consumer class."""
+
+    def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
+        self._on_cpu_request = on_task_request
+        self._slots = LaxBoundedSemaphore(kwargs["pool"].gpu_slots)
+        self._held: dict[Any, Any] = {}  # request -> the qos object it has widened
+        super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
+
+    def _route(self, request: Any) -> None:
+        pool = self.pool  # type: ignore[attr-defined]
+        if request.name not in pool.marks:
+            self._on_cpu_request(request)
+            return
+        self._widen(request)
+        self._slots.acquire(self._start, request)
+
+    def _start(self, request: Any) -> None:
+        """A slot is free: hand the request to the pool, unless it was revoked or has expired meanwhile."""
+        try:
+            handle: GpuRequest = request.execute_using_pool(self.pool)  # type: ignore[attr-defined]
+        except TaskRevokedError:
+            self._end(request)
+        except Exception:
+            self._end(request)
+            raise
+        else:
+            handle.on_accepted = lambda: self._narrow(request) if request.acknowledged else None
+            handle.on_end = lambda: self._end(request)
+
+    def _end(self, request: Any) -> None:
+        self._narrow(request)
+        self._slots.release()
+
+    def _widen(self, request: Any) -> None:
+        """Let one more message in for this one, while it is neither acknowledged nor one of a CPU child's share."""
+        pool = self.pool  # type: ignore[attr-defined]
+        fixed = self.qos_global is False  # type: ignore[attr-defined]  # quorum queues: a live consumer cannot change it
+        if not fixed and len(self._held) < pool.gpu_slots:
+            self._held[request] = self.qos  # type: ignore[attr-defined]
+            self.qos.increment_eventually()  # type: ignore[attr-defined]
+
+    def _narrow(self, request: Any) -> None:
+        qos = self._held.pop(request, None)
+        if qos is not None and qos is self.qos:  # type: ignore[attr-defined]  # each connection has its own
+            qos.decrement_eventually()
+
+    def on_close(self) -> None:
+        """The connection is gone: what has not started will be delivered again."""
+        super().on_close()  # type: ignore[misc]
+        self._held.clear()
+        self._slots.clear()
+        self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)  # type: ignore[attr-defined]
+
+
+class HybridAutoscaler:
+    """Mixed into the worker's autoscaler class: children are counted for CPU tasks only."""
+
+    @property
+    def qty(self) -> int:
+        """CPU tasks reserved."""
+        marks = self.pool.marks  # type: ignore[attr-defined]
+        return sum(1 for request in tuple(reserved_requests) if request.name not in marks)
+
+
+def hybrid_consumer(base: type) -> type:
+    """The worker's consumer class with GPU slots."""
+    return base if issubclass(base, HybridConsumer) else type("HybridConsumer", (HybridConsumer, base), {})
+
+
+def hybrid_autoscaler(base: type) -> type:
+    """The worker's autoscaler class that counts CPU tasks only."""
+    return base if issubclass(base, HybridAutoscaler) else type("HybridAutoscaler", (HybridAutoscaler, base), {})

@@ -1,0 +1,552 @@
+"""The driver process: Celery's own tracer for every GPU task, in greenlets on one loop; bodies run elsewhere.
+
+Started by the worker as prefork starts its children. A task's tracer starts when its call leaves for an actor; in the
+body's place `forward` checks the arguments, hands them to the call, and gives the loop back until the outcome is there.
+Every Run from the worker gets exactly one answer. Nothing here touches CUDA or runs a body.
+"""
+
+import logging
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections import deque
+from typing import Any
+
+import greenlet
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import Terminated
+from billiard.pool import MaybeEncodingError
+from celery.app.trace import fast_trace_task
+from celery.concurrency.prefork import process_initializer
+
+from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
+from actors.contract import (
+    ActorState,
+    Answer,
+    Busy,
+    Call,
+    Failed,
+    FailureKind,
+    Large,
+    Outcome,
+    Pending,
+    Reply,
+    Succeeded,
+    TaskCall,
+)
+from bridge import link as messages
+from bridge.errors import BridgeError, ClusterUnavailable, StartupError, TaskPoisoned
+from bridge.link import Link
+from bridge.marks import Mark, find_marks
+from bridge.outcomes import resolve
+from bridge.release import make_config
+from bridge.scheduler import (
+    ActorLost,
+    ActorReady,
+    BatchRule,
+    Drop,
+    Event,
+    Interrupt,
+    Rules,
+    Scheduler,
+    StartCall,
+    TaskCancelled,
+    TaskFinished,
+    TaskWaiting,
+    Tick,
+    WakeAt,
+)
+from bridge.settings import Settings, settings
+from bridge.validation import Check, checker
+
+logger = logging.getLogger(__name__)
+
+#: Exit codes of the driver: the cluster is gone; it could not start (it has reported why).
+EXIT_CLUSTER_LOST = 75
+EXIT_NOT_STARTED = 76
+#: A stretch between two switches longer than this is logged, in seconds: it stops every other GPU task of the worker.
+SLOW_S = 1.0
+#: Reruns after losses nobody is to blame for, before the task fails instead of going round for ever.
+MAX_LOSSES = 10
+
+
+class _Task:
+    """One request in the driver."""
+
+    __slots__ = (
+        "accepted",
+        "actor",
+        "attempt",
+        "call",
+        "crashes",
+        "losses",
+        "payload",
+        "run",
+        "since",
+        "token",
+        "tracer",
+    )
+
+    def __init__(self, run: messages.Run) -> None:
+        self.run = run
+        self.attempt = 0
+        self.token = f"{run.serial}.0"
+        self.tracer: _Tracer | None = None
+        self.payload: bytes | None = None  # set while `forward` waits for the outcome
+        self.accepted = False
+        self.crashes = self.losses = 0
+        self.since = time.monotonic()
+
+
+class _Tracer(greenlet.greenlet):
+    """A greenlet that runs Celery's tracer for one task."""
+
+    task: _Task
+    refusal: BridgeError | None = None  # raised in the body's place
+
+
+class Driver:
+    """The loop; one instance per driver process."""
+
+    def __init__(self, app: Any, sock: socket.socket, marks: dict[str, Mark], supersedes: str, first: bool) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self._app = app
+        self._marks = marks
+        self._settings: Settings = settings()
+        self._link = Link(sock)
+        self._first = first
+        self._loop = greenlet.getcurrent()
+        self._tasks: dict[int, _Task] = {}  # by serial
+        self._by_token: dict[str, _Task] = {}
+        self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full
+        self._ready: set[int] = set()
+        self._report: dict[str, Any] = {"driver": os.getpid(), "driver_id": self.id, "actors": {}}
+        self._wake_at: float | None = None
+        self._stopping = False
+        self._inbox: deque[Any] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        s = self._settings
+        batches = {name: BatchRule(m.batch.max_size, m.batch.max_wait_s) for name, m in marks.items() if m.batch}
+        rules = Rules(s.call_budget_s, s.call_gap_s, s.call_tasks, s.calls_outstanding)
+        self._scheduler = Scheduler(rules, batches)
+        from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
+
+        namespace = s.namespace or f"bridge-{app.main or 'app'}"
+        self._config = make_config(app, marks, s)
+        self._fleet = Fleet(s, namespace, self.id, supersedes, self._config)
+
+    # ---- the loop
+
+    def run(self) -> int:
+        """Serve until the worker says stop or is gone; returns the exit code."""
+        self._fleet.start(self._notify, patient=not self._first)
+        poll = select.epoll()
+        poll.register(self._link.fileno(), select.EPOLLIN)
+        poll.register(self._wake_read, select.EPOLLIN)
+        while True:
+            for fd, _ in poll.poll(self._timeout()):
+                if fd == self._wake_read:
+                    os.read(self._wake_read, 65536)
+                else:
+                    self._read_link()
+            code = self._handle_inbox()
+            if self._wake_at is not None and time.monotonic() >= self._wake_at:
+                self._wake_at = None
+                self._schedule(Tick())
+            self._give_up_waiting()
+            written = self._flush()
+            poll.modify(self._link.fileno(), select.EPOLLIN | (0 if written else select.EPOLLOUT))
+            if code is not None or self._stopping:
+                self._fleet.close()
+                return code or 0
+
+    def _notify(self, event: Any) -> None:
+        """Take a fleet event from any thread."""
+        self._inbox.append(event)
+        os.write(self._wake_write, b"x")
+
+    def _timeout(self) -> float:
+        if self._inbox:
+            return 0.0
+        if self._wake_at is None:
+            return 1.0
+        return max(0.0, self._wake_at - time.monotonic())
+
+    def _flush(self) -> bool:
+        try:
+            return self._link.flush()
+        except ConnectionError:
+            self._stopping = True
+            return True
+
+    def _read_link(self) -> None:
+        try:
+            received = self._link.receive()
+        except EOFError:
+            self._stopping = True
+            return
+        for message in received:
+            match message:
+                case messages.Run():
+                    self._take(message)
+                case messages.Cancel(serial):
+                    if serial in self._tasks:
+                        self._schedule(TaskCancelled(self._tasks[serial].token))
+                case messages.Flush():
+                    for task in [task for task in self._tasks.values() if not task.accepted]:
+                        self._schedule(TaskCancelled(task.token))
+                case messages.Stop():
+                    self._stopping = True
+                case messages.Unreadable(serial, reason):
+                    self._send(
+                        messages.Ended(serial, _einfo(RuntimeError(f"request could not be unpickled: {reason}")))
+                    )
+
+    def _handle_inbox(self) -> int | None:
+        """Fleet events; an exit code when this process is of no more use."""
+        from bridge import fleet
+
+        while self._inbox:
+            event = self._inbox.popleft()
+            match event:
+                case fleet.Replied(call, reply, reason):
+                    self._replied(call, reply, reason)
+                case fleet.Fetched(token, data):
+                    self._fetched(token, data)
+                case fleet.SlotChanged(slot, health, reason):
+                    self._slot_changed(slot, health, reason)
+                case fleet.Connected():
+                    self._report["cluster"] = event._asdict()
+                    self._send_report()
+                case fleet.ClusterLost():
+                    logger.error("the Ray cluster is gone; GPU tasks wait for it, CPU tasks go on")
+                    return EXIT_CLUSTER_LOST
+                case fleet.StartFailed(error):
+                    self._send_report(error)
+                    self._flush()
+                    return EXIT_NOT_STARTED
+        return None
+
+    def _give_up_waiting(self) -> None:
+        """Fail what has waited too long for a cluster."""
+        if self._ready:
+            return
+        for token in self._scheduler.waiting_since(time.monotonic() - self._settings.cluster_wait_s):
+            task = self._by_token[token]
+            self._schedule(TaskCancelled(token), drop=False)
+            self._refuse(task, ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s"))
+
+    # ---- tasks in
+
+    def _take(self, run: messages.Run) -> None:
+        task = _Task(run)
+        self._tasks[run.serial] = self._by_token[task.token] = task
+        if run.task in self._marks:
+            self._wait(task)
+        else:  # the registry of this process differs from the worker's
+            self._start_tracer(task)
+
+    def _wait(self, task: _Task, alone: bool = False) -> None:
+        priority = (task.run.request.get("delivery_info") or {}).get("priority") or 0
+        rank = -priority if self._app.connection_for_read().transport.driver_type == "amqp" else priority
+        self._schedule(TaskWaiting(task.token, task.run.task, rank, alone))
+
+    def _again(self, task: _Task, alone: bool) -> None:
+        """Let a task wait for another run; a new token, so that nothing late ever touches it."""
+        self._by_token.pop(task.token, None)
+        task.attempt += 1
+        task.token = f"{task.run.serial}.{task.attempt}"
+        self._by_token[task.token] = task
+        self._wait(task, alone)
+
+    def _schedule(self, event: Event, drop: bool = True) -> None:
+        for instruction in self._scheduler.handle(event, time.monotonic()):
+            match instruction:
+                case StartCall(actor, call, tokens, estimate_s):
+                    self._start_call(actor, call, tokens, estimate_s)
+                case Interrupt(actor, call, token):
+                    self._fleet.cancel(actor, f"{self.id}.{call}", [token])
+                case Drop(token):
+                    if drop:
+                        self._end(self._by_token[token], _einfo(Terminated(signal.SIGTERM)))
+                case WakeAt(at):
+                    self._wake_at = at
+
+    def _start_call(self, actor: int, number: str, tokens: tuple[str, ...], estimate_s: float) -> None:
+        calls = []
+        for token in tokens:
+            task = self._by_token[token]
+            if task.tracer is None:
+                self._accept(task)
+                self._start_tracer(task)
+            if task.payload is None:  # it ended before its body: an invalid payload, or a hook that raised
+                self._schedule(TaskFinished(token, None))
+            else:
+                run = task.run
+                calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s))
+        if calls:
+            call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s)
+            self._calls[call.id] = actor, call
+            self._fleet.submit(actor, call)
+
+    def _accept(self, task: _Task) -> None:
+        task.accepted = True
+        self._send(messages.Accepted(task.run.serial, time.monotonic()))
+
+    # ---- the tracer
+
+    def _start_tracer(self, task: _Task, refusal: BridgeError | None = None) -> None:
+        task.tracer = _Tracer(self._trace, parent=self._loop)
+        task.tracer.task = task
+        task.tracer.refusal = refusal
+        self._switch(task, task)
+
+    def _switch(self, task: _Task, value: Any) -> None:
+        started = time.monotonic()
+        task.tracer.switch(value)  # type: ignore[union-attr]
+        took = time.monotonic() - started
+        if took > SLOW_S:
+            logger.warning(
+                "%s held the driver for %.1f s: its hooks or the result backend are slow", task.run.task, took
+            )
+
+    def _trace(self, task: _Task) -> None:
+        """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
+        run = task.run
+        try:
+            result = fast_trace_task(run.task, run.id, run.request, run.body, run.content_type, run.content_encoding)
+        except greenlet.GreenletExit:
+            return  # ended from outside, and answered there
+        except BaseException as error:
+            self._answer(task, messages.Ended(run.serial, _einfo(error)))
+        else:
+            self._answer(task, messages.Done(run.serial, result))
+
+    def forward(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
+        tracer = greenlet.getcurrent()
+        if not isinstance(tracer, _Tracer) or tracer.task.run.task != name:
+            return original(*args, **kwargs)  # a hook calls another task as a function
+        if tracer.refusal is not None:
+            raise tracer.refusal
+        task = tracer.task
+        request = {key: value for key, value in task.run.request.items() if key not in ("args", "kwargs")}
+        task.payload = pickle.dumps((args, kwargs, request), 5)
+        try:
+            outcome: Outcome | BridgeError = self._loop.switch()
+        finally:
+            task.payload = None
+        if isinstance(outcome, BridgeError):
+            raise outcome
+        return resolve(self._app.tasks[name], outcome)
+
+    def _refuse(self, task: _Task, error: BridgeError) -> None:
+        """End a task with an error of ours, through its tracer, so that the result is stored as for any other."""
+        if task.tracer is None:
+            self._accept(task)
+            self._start_tracer(task, refusal=error)
+        else:
+            self._switch(task, error)
+
+    def _end(self, task: _Task, einfo: ExceptionInfo) -> None:
+        """End a task that the worker has given up: its tracer stores nothing."""
+        if task.tracer is not None:
+            task.tracer.throw(greenlet.GreenletExit)
+        self._answer(task, messages.Ended(task.run.serial, einfo))
+
+    def _answer(self, task: _Task, message: Any) -> None:
+        self._tasks.pop(task.run.serial, None)
+        self._by_token.pop(task.token, None)
+        self._send(message)
+
+    # ---- outcomes
+
+    def _replied(self, call_id: str, reply: Reply | Busy | None, reason: str) -> None:
+        if call_id not in self._calls:
+            return
+        actor, call = self._calls[call_id]
+        if reply is None:
+            self._lose_actor(actor, reason)
+            reply = Reply(tuple(Failed(t.token, FailureKind.LOST, "LOST", reason) for t in call.tasks), 0.0)
+        elif isinstance(reply, Busy):
+            self._lose_actor(actor, "busy", reply.queue_s)
+            reply = Reply(tuple(Failed(t.token, FailureKind.LOST, "LOST", "busy") for t in call.tasks), reply.queue_s)
+        elif actor in self._ready:
+            self._schedule(ActorReady(actor, reply.queue_s))
+        pending = {answer.token for answer in reply.answers if isinstance(answer, Pending | Large)}
+        if pending:
+            call = call._replace(tasks=tuple(task for task in call.tasks if task.token in pending))
+            self._calls[call_id] = actor, call
+        else:
+            del self._calls[call_id]
+        self._take_answers(actor, reply.answers)
+        if any(isinstance(answer, Pending) for answer in reply.answers):
+            self._fleet.collect(actor, call)
+
+    def _take_answers(self, actor: int, answers: tuple[Answer, ...]) -> None:
+        for answer in answers:
+            if isinstance(answer, Large):
+                self._fleet.fetch(actor, answer.token)
+            elif not isinstance(answer, Pending):
+                self._finish(actor, answer)
+
+    def _fetched(self, token: str, data: bytes | None) -> None:
+        for call_id, (actor, call) in self._calls.items():
+            if any(task.token == token for task in call.tasks):
+                left = tuple(task for task in call.tasks if task.token != token)
+                if left:
+                    self._calls[call_id] = actor, call._replace(tasks=left)
+                else:
+                    del self._calls[call_id]
+                lost = Failed(token, FailureKind.LOST, "LOST", "a large result was lost with its actor")
+                self._finish(actor, pickle.loads(data) if data is not None else lost)
+                return
+
+    def _finish(self, actor: int, outcome: Outcome) -> None:
+        """A task's outcome: give it to its tracer, or let the task run again when somebody else is to blame."""
+        task = self._by_token.get(outcome.token)
+        ran = isinstance(outcome, Succeeded) or outcome.kind in (FailureKind.RAISED, FailureKind.RETRY)
+        self._schedule(TaskFinished(outcome.token, outcome.run_s if ran else None))
+        if task is None:
+            return
+        if isinstance(outcome, Succeeded):
+            self._switch(task, outcome)
+            return
+        match outcome.kind:
+            case FailureKind.CRASHED:
+                self._crashed(task, outcome)
+            case FailureKind.SUSPECT:
+                self._again(task, alone=True)
+            case FailureKind.LOST:
+                self._lost(task, actor, outcome)
+            case FailureKind.HARD_LIMIT:
+                task.tracer.throw(greenlet.GreenletExit)  # type: ignore[union-attr]
+                self._answer(task, messages.TimedOut(task.run.serial, task.run.hard_limit_s or 0.0))
+            case FailureKind.CANCELLED:
+                self._end(task, _einfo(Terminated(signal.SIGTERM)))
+            case _:
+                self._switch(task, outcome)
+
+    def _crashed(self, task: _Task, outcome: Failed) -> None:
+        task.crashes += 1
+        limit = self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
+        logger.error(
+            "%s[%s] was running when its executor died (%s): crash %d of %d",
+            task.run.task, task.run.id, outcome.message, task.crashes, limit,
+        )  # fmt: skip
+        if task.crashes >= limit:
+            self._switch(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
+        else:
+            self._again(task, alone=True)
+
+    def _lost(self, task: _Task, actor: int, outcome: Failed) -> None:
+        task.losses += 1
+        if actor in self._ready:
+            self._lose_actor(actor, outcome.message)
+        if task.losses > MAX_LOSSES:
+            self._switch(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
+        else:
+            self._again(task, alone=False)
+
+    # ---- actors
+
+    def _slot_changed(self, slot: int, health: Any, reason: str) -> None:
+        row = (
+            health._asdict()
+            if health is not None
+            else {**self._report["actors"].get(slot, {"slot": slot}), "state": "lost"}
+        )
+        if reason:
+            row["reason"] = reason
+        if health is not None and health.state is ActorState.READY:
+            if slot not in self._ready:
+                logger.info("GPU actor %d is ready: %s on %s", slot, health.device.get("name"), health.node)
+            self._ready.add(slot)
+            self._schedule(ActorReady(slot))
+        elif slot in self._ready:
+            self._lose_actor(slot, reason or (health.reason if health else ""))
+        self._report["actors"][slot] = row
+        self._send_report()
+
+    def _lose_actor(self, slot: int, reason: str, _queue_s: float = 0.0) -> None:
+        if slot in self._ready:
+            logger.warning("GPU actor %d takes no calls: %s", slot, reason)
+        self._ready.discard(slot)
+        self._schedule(ActorLost(slot))
+
+    def _send_report(self, error: StartupError | None = None) -> None:
+        report = {**self._report, "actors": list(self._report["actors"].values())}
+        report |= {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+        self._send(messages.Report(0, report, (type(error).__name__, str(error)) if error else None))
+
+    # ---- answers
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._link.send(message)
+        except Exception as error:  # a result that cannot be pickled: say so, as billiard does
+            wrapped = MaybeEncodingError(error, getattr(message, "result", None))
+            self._link.send(messages.Ended(message.serial, _einfo(wrapped)))
+
+
+def _einfo(error: BaseException) -> ExceptionInfo:
+    try:
+        raise error
+    except BaseException:
+        return ExceptionInfo()
+
+
+def prepare(app: Any, marks: dict[str, Mark], forward: Any, validate_configured: bool) -> None:
+    """Put `forward` in the place of every marked body; to be done before the first tracer is built."""
+    for name, mark in marks.items():
+        task = app.tasks[name]
+        body = innermost(task)
+        check = None if is_pydantic(task) or (mark.configured and not validate_configured) else checker(name, body)
+
+        def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
+            return forward(_name, _body, *args, **kwargs)
+
+        replace_innermost(task, stand_in)
+        if check is not None:
+            task.run = _checked(check, task.run)
+        if has_custom_call(task):
+            without_custom_call(task)  # it runs in the executor, around the body
+
+
+def _checked(check: Check, run: Any) -> Any:
+    """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = check(args, kwargs)
+        return run(*args, **kwargs)
+
+    return checked
+
+
+def main(app: Any, hostname: str, sock: socket.socket, name: str, supersedes: str, first: bool) -> None:
+    """Entry of the driver process, as of a prefork child."""
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # Ray needs real ones; the worker's are log proxies
+    os.environ["CELERY_LOG_REDIRECT"] = ""
+    if os.environ.get("USE_FAST_LOCALS"):
+        raise SystemExit(
+            "USE_FAST_LOCALS keys Celery's stacks by thread; GPU tasks need them keyed by greenlet: unset it"
+        )
+    from billiard.process import current_process
+
+    current_process().name = name
+    driver: list[Driver] = []
+    marks = find_marks(app.tasks.values(), settings().gpu_tasks)
+    prepare(app, marks, lambda *args, **kwargs: driver[0].forward(*args, **kwargs), settings().validate_configured)
+    process_initializer(app, hostname)
+    driver.append(Driver(app, sock, marks, supersedes, first))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the worker decides when a driver ends
+    code = driver[0].run()
+    logging.shutdown()
+    os._exit(code)  # Ray's threads and atexit handlers have nothing left to do

@@ -1,0 +1,67 @@
+"""In the driver: an actor's outcome becomes what the body returned or raised."""
+
+import logging
+import pickle
+from typing import Any
+
+from actors.contract import Failed, FailureKind, LogLine, Outcome
+from bridge.errors import GpuOutOfMemory, RemoteTaskError, ResultInvalid, TaskNotOnActor
+
+
+class RemoteTraceback(Exception):
+    """The cause of a rebuilt exception: where it was raised on the GPU node."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def resolve(task: Any, outcome: Outcome) -> Any:
+    """Return or raise what the body did, inside the task's own request.
+
+    Raises:
+        GpuOutOfMemory, TaskNotOnActor, ResultInvalid, RemoteTaskError: as their docstrings say.
+        Exception: the body's own exception, with the remote traceback as its cause.
+    """
+    _log(outcome.logs)
+    last = _grant(task, outcome.wishes)
+    if not isinstance(outcome, Failed):
+        return pickle.loads(outcome.value)
+    if outcome.kind is FailureKind.RETRY and isinstance(last, BaseException):
+        raise last
+    error = _rebuild(outcome)
+    error.__cause__ = RemoteTraceback(outcome.traceback) if outcome.traceback else None
+    raise error
+
+
+def _grant(task: Any, wishes: bytes) -> Any:
+    """Do what the body asked of Celery, in order; returns what the last one returned."""
+    granted: Any = None
+    for wish in pickle.loads(wishes) if wishes else []:
+        granted = getattr(task, wish.method)(*wish.args, **wish.kwargs)
+    return granted
+
+
+def _rebuild(outcome: Failed) -> BaseException:
+    where = f"{outcome.type_name}: {outcome.message}"
+    match outcome.kind:
+        case FailureKind.OUT_OF_MEMORY:
+            return GpuOutOfMemory(where)
+        case FailureKind.UNKNOWN_TASK:
+            return TaskNotOnActor(outcome.message)
+        case FailureKind.NOT_SENDABLE:
+            return ResultInvalid(f"the task returned a value that cannot be sent: {outcome.message}")
+    if outcome.exception is not None:
+        try:
+            error = pickle.loads(outcome.exception)
+        except Exception:
+            return RemoteTaskError(outcome.type_name, outcome.message)
+        if isinstance(error, MemoryError):  # it would end the worker: celery.worker.request re-raises it there
+            return GpuOutOfMemory(where)
+        if isinstance(error, BaseException):
+            return error
+    return RemoteTaskError(outcome.type_name, outcome.message)
+
+
+def _log(lines: tuple[LogLine, ...]) -> None:
+    for line in lines:
+        logging.getLogger(line.logger).log(line.level, "%s", line.text)

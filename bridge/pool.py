@@ -1,0 +1,182 @@
+"""`HybridPool`: Celery's prefork for CPU tasks, the driver for GPU tasks. What `worker_pool = "bridge.pool:HybridPool"` names.
+
+Everything not about GPU tasks is Celery's own code, untouched. Never imports ray or cupy.
+"""
+
+import sys
+from typing import Any, NoReturn
+
+from celery import signals
+from celery.concurrency.prefork import TaskPool, _run_ready_callbacks
+from kombu.asynchronous import get_event_loop, set_event_loop
+from kombu.utils.imports import symbol_by_name
+
+from bridge.banner import Progress, gpu_banner
+from bridge.consumer import hybrid_autoscaler, hybrid_consumer
+from bridge.errors import StartupError, TransportUnsupported
+from bridge.marks import find_marks
+from bridge.settings import settings
+from bridge.supervisor import DriverSupervisor, GpuRequest
+
+#: Default for BRIDGE_GPU_SLOTS; a larger batch raises it to twice its size, or batches would never fill.
+DEFAULT_SLOTS = 32
+#: While draining, timers and acknowledgements are served at least this often, in seconds.
+DRAIN_EVERY_S = 0.5
+
+
+class HybridPool(TaskPool):
+    """A worker pool that runs marked tasks on GPU actors and all others in prefork children."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        try:
+            self.settings = settings()
+            self.marks = find_marks(self.app.tasks.values(), self.settings.gpu_tasks)
+        except StartupError as error:
+            refuse(error)
+        largest = max((mark.batch.max_size for mark in self.marks.values() if mark.batch), default=0)
+        self.gpu_slots = self.settings.gpu_slots or max(DEFAULT_SLOTS, 2 * largest)
+        hostname = (self.options.get("initargs") or (None, "celery"))[1]
+        self.gpu = DriverSupervisor(self.app, hostname, self.settings)
+        self._hub: Any = None
+
+    # ---- start and stop
+
+    def on_start(self) -> None:
+        """Start prefork's children, then the driver, and wait for a warm actor."""
+        try:
+            if self.options.get("threads"):
+                raise TransportUnsupported(
+                    f"the broker transport {self.app.connection().transport.driver_type!r} has no event loop, "
+                    "which GPU tasks need: use Redis or RabbitMQ"
+                )
+            super().on_start()
+            self._cpu_flush, self.flush = self.flush, self._flush
+            if self.marks:
+                self.gpu.start()
+                with Progress() as progress:
+                    self.gpu.wait_until_ready(progress.say)
+        except StartupError as error:
+            self.gpu.kill()
+            refuse(error)
+        print(gpu_banner(self.info["gpu"], self.marks), file=sys.__stdout__, flush=True)
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Serve children and driver on the worker's event loop."""
+        super().register_with_event_loop(loop)
+        self._hub = loop
+        self.gpu.register(loop)
+
+    def on_stop(self) -> None:
+        """Warm shutdown: finish what runs, on CPU and GPU, acknowledging each task as it ends."""
+        if self._hub is not None and get_event_loop() is None:
+            set_event_loop(self._hub)  # Celery forgets it after a reconnect; late acks would wait for the whole drain
+        if self.gpu.can_drain:
+            self._drain()
+            super().on_stop()
+            self.gpu.stop()
+        else:  # a signal arrived in the middle of a read or write of the link
+            self.gpu.kill()
+            super().on_stop()
+
+    def on_close(self) -> None:
+        """No new tasks from here on."""
+        super().on_close()
+
+    def on_terminate(self) -> None:
+        """Cold shutdown: end children and driver at once; actors stay warm."""
+        self.gpu.kill()
+        super().on_terminate()
+
+    def restart(self) -> None:
+        """`control pool_restart`: new children and a new driver."""
+        super().restart()
+        self.gpu.restart()
+
+    def _drain(self) -> None:
+        """Until no GPU task is left: read driver and children, fire timers, send acknowledgements."""
+        if self.gpu.in_flight and self._pool is not None:
+            self._pool.close()
+        while self.gpu.in_flight:
+            for fd in self.gpu.serve(DRAIN_EVERY_S, self._child_outputs()):
+                callback, args = self._hub.readers[fd]
+                callback(*args)
+            if self._hub is not None:
+                self._hub.fire_timers()
+                _run_ready_callbacks(self._hub)
+
+    def _child_outputs(self) -> list[int]:
+        known = getattr(self._pool, "_fileno_to_outq", {})
+        return [fd for fd in known if self._hub is not None and fd in self._hub.readers]
+
+    def _flush(self) -> None:
+        if self._cpu_flush is not None:
+            self._cpu_flush()
+        self.gpu.flush_requests()
+
+    # ---- tasks
+
+    def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Send a marked task to the driver and any other to a child."""
+        if not args or args[0] not in self.marks:
+            return super().apply_async(target, args, kwargs, **options)
+        name, task_id, request, body, content_type, content_encoding = args
+        return self._apply_gpu(name, task_id, request, body, content_type, content_encoding, options)
+
+    def _apply_gpu(
+        self, name: str, task_id: str, request: dict[str, Any], body: Any, content_type: Any, content_encoding: Any,
+        options: dict[str, Any],
+    ) -> GpuRequest:  # fmt: skip
+        # Celery has decoded the arguments into the request for its own use; the tracer takes them from the body again.
+        slim = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
+        run = {
+            "task": name,
+            "id": task_id,
+            "request": slim,
+            "body": bytes(body) if isinstance(body, memoryview | bytearray) else body,
+            "content_type": content_type,
+            "content_encoding": content_encoding,
+            "soft_limit_s": options.get("soft_timeout") or self.options.get("soft_timeout"),
+            "hard_limit_s": options.get("timeout") or self.options.get("timeout"),
+        }
+        names = ("callback", "error_callback", "accept_callback", "timeout_callback")
+        return self.gpu.apply(run, {key: options[key] for key in names})
+
+    def _get_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super()._get_info()
+        report = self.gpu.report
+        info["gpu"] = {
+            "cluster": report.get("cluster", {}).get("address", ""),
+            "nodes": report.get("cluster", {}).get("nodes", 0),
+            "gpus": report.get("cluster", {}).get("gpus", 0),
+            "ray": report.get("cluster", {}).get("ray_version", ""),
+            "driver": self.gpu.pid,
+            "slots": self.gpu_slots,
+            "in_flight": self.gpu.in_flight,
+            "running": self.gpu.running,
+            "actors": [_jsonable(actor) for actor in report["actors"]],
+        }
+        return info
+
+
+def _jsonable(actor: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if key == "state" else value for key, value in actor.items()}
+
+
+def refuse(error: StartupError) -> NoReturn:
+    """End the worker at start with one line and the error's exit code."""
+    print(f"bridge: {' '.join(str(error).split())}", file=sys.__stderr__, flush=True)
+    raise SystemExit(error.exit_code) from None
+
+
+@signals.worker_init.connect
+def _use_hybrid_parts(sender: Any = None, **_: Any) -> None:
+    """A worker that uses this pool gets its consumer and autoscaler too, however it was started."""
+    pool = (
+        symbol_by_name(sender.pool_cls)
+        if isinstance(sender.pool_cls, str) and ":" in sender.pool_cls
+        else sender.pool_cls
+    )
+    if isinstance(pool, type) and issubclass(pool, HybridPool):
+        sender.consumer_cls = hybrid_consumer(symbol_by_name(sender.consumer_cls))
+        sender.autoscaler_cls = hybrid_autoscaler(symbol_by_name(sender.autoscaler_cls))

@@ -1,0 +1,335 @@
+"""Which task runs where, when, with whom: a pure state machine. No clock, no threads, no Ray, no Celery.
+
+Events go in through `handle`, each with the time it happened; instructions come out. The driver does what they say.
+
+Pacing: a task that finds its actor idle and is alone in hand leaves at once. Otherwise calls are shared: at most
+`calls_outstanding` per actor, and while the waiting work is tiny the next call leaves `call_gap_s` after the last one.
+A call takes tasks in order while their estimated run time stays under `call_budget_s`; a task that has never been seen
+travels alone.
+"""
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+#: Weight of the newest run in the estimate of a task's run time.
+_NEWEST = 0.2
+_NEVER = float("inf")
+
+#: Events kept per scheduler for the text of an illegal transition.
+_HISTORY = 64
+
+
+# ---- events
+
+
+class TaskWaiting(NamedTuple):
+    """A task wants to run; `rank` orders the queue, smaller first. `alone`: it shares no call (it is a suspect)."""
+
+    token: str
+    name: str
+    rank: int = 0
+    alone: bool = False
+
+
+class TaskFinished(NamedTuple):
+    """A task of a call has its outcome; `run_s` is None when no body ran."""
+
+    token: str
+    run_s: float | None
+
+
+class TaskCancelled(NamedTuple):
+    """A task is no longer wanted."""
+
+    token: str
+
+
+class ActorReady(NamedTuple):
+    """An actor is warm; `queue_s` is its own estimate of the work other drivers have given it."""
+
+    actor: int
+    queue_s: float = 0.0
+
+
+class ActorLost(NamedTuple):
+    """An actor takes no calls until it is ready again; its outstanding tasks finish or come back one by one."""
+
+    actor: int
+
+
+class Tick(NamedTuple):
+    """The time a WakeAt asked for has come."""
+
+
+Event = TaskWaiting | TaskFinished | TaskCancelled | ActorReady | ActorLost | Tick
+
+
+# ---- instructions
+
+
+class StartCall(NamedTuple):
+    """Send these tasks to this actor in one call."""
+
+    actor: int
+    call: str
+    tokens: tuple[str, ...]
+    estimate_s: float
+
+
+class Interrupt(NamedTuple):
+    """Cancel a task that is in a call."""
+
+    actor: int
+    call: str
+    token: str
+
+
+class Drop(NamedTuple):
+    """A task that was cancelled before it left; nothing runs of it."""
+
+    token: str
+
+
+class WakeAt(NamedTuple):
+    """Send a Tick at this time; replaces earlier ones."""
+
+    at: float
+
+
+Instruction = StartCall | Interrupt | Drop | WakeAt
+
+
+class BatchRule(NamedTuple):
+    """How tasks of a vectorised body share a run."""
+
+    max_size: int
+    max_wait_s: float
+
+
+class Rules(NamedTuple):
+    """The settings the scheduler needs; seconds and counts."""
+
+    call_budget_s: float
+    call_gap_s: float
+    call_tasks: int
+    calls_outstanding: int
+
+
+class IllegalTransition(Exception):
+    """An event that cannot happen in the state the scheduler is in; the text tells the story so far."""
+
+
+@dataclass(order=True, slots=True)
+class _Waiting:
+    rank: int
+    order: int
+    token: str = field(compare=False)
+    name: str = field(compare=False)
+    alone: bool = field(compare=False)
+    since: float = field(compare=False)
+
+
+@dataclass(slots=True)
+class _Actor:
+    ready: bool = False
+    queue_s: float = 0.0
+    calls: dict[str, set[str]] = field(default_factory=dict)  # call -> tokens not finished
+    last_call_at: float = float("-inf")
+
+
+class Scheduler:
+    """See the module's docstring."""
+
+    def __init__(self, rules: Rules, batches: dict[str, BatchRule]) -> None:
+        self._rules = rules
+        self._batches = batches
+        self._queue: list[_Waiting] = []  # a heap
+        self._waiting: dict[str, _Waiting] = {}
+        self._actors: dict[int, _Actor] = {}
+        self._running: dict[str, tuple[int, str, str]] = {}  # token -> actor, call, task name
+        self._estimates: dict[str, float] = {}
+        self._orders = itertools.count()
+        self._calls = itertools.count(1)
+        self._history: deque[tuple[float, Event]] = deque(maxlen=_HISTORY)
+        self._wake_at: float | None = None
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take one event; returns what to do, in order.
+
+        Raises:
+            IllegalTransition: the event contradicts the state; a bug in the caller.
+        """
+        self._history.append((now, event))
+        instructions: list[Instruction] = []
+        match event:
+            case TaskWaiting():
+                self._add(event, now)
+            case TaskFinished(token, run_s):
+                self._finish(token, run_s)
+            case TaskCancelled(token):
+                instructions += self._cancel(token)
+            case ActorReady(actor, queue_s):
+                known = self._actors.setdefault(actor, _Actor())
+                known.ready, known.queue_s = True, queue_s
+            case ActorLost(actor):
+                self._actors.setdefault(actor, _Actor()).ready = False
+            case Tick():
+                self._wake_at = None
+        return instructions + self._start_calls(now)
+
+    # what a person and the worker want to know
+
+    @property
+    def waiting(self) -> int:
+        """Tasks that have not left."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Tasks in calls."""
+        return len(self._running)
+
+    def estimate_s(self, name: str) -> float | None:
+        """Estimated run time of one task of this name, None before the first."""
+        return self._estimates.get(name)
+
+    def waiting_since(self, before: float) -> list[str]:
+        """Tokens of tasks that have waited since `before` or longer."""
+        return [task.token for task in self._waiting.values() if task.since <= before]
+
+    # events
+
+    def _add(self, event: TaskWaiting, now: float) -> None:
+        if event.token in self._waiting or event.token in self._running:
+            raise self._illegal(event.token, "is in hand already")
+        task = _Waiting(event.rank, next(self._orders), event.token, event.name, event.alone, now)
+        self._waiting[event.token] = task
+        heapq.heappush(self._queue, task)
+
+    def _finish(self, token: str, run_s: float | None) -> None:
+        if token not in self._running:
+            raise self._illegal(token, "finished without being in a call")
+        actor, call, name = self._running.pop(token)
+        left = self._actors[actor].calls[call]
+        left.discard(token)
+        if not left:
+            del self._actors[actor].calls[call]
+        if run_s is not None:
+            known = self._estimates.get(name)
+            self._estimates[name] = run_s if known is None else known + _NEWEST * (run_s - known)
+
+    def _cancel(self, token: str) -> list[Instruction]:
+        if self._waiting.pop(token, None) is not None:
+            return [Drop(token)]  # its place in the heap is passed over later
+        if token in self._running:
+            actor, call, _ = self._running[token]
+            return [Interrupt(actor, call, token)]
+        return []  # it finished meanwhile
+
+    # calls
+
+    def _start_calls(self, now: float) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        while self._waiting:
+            free = self._free_actors()
+            if not free:
+                break
+            at = self._leave_at(free[0], now)
+            if at > now:
+                if at < _NEVER and (self._wake_at is None or at < self._wake_at):
+                    self._wake_at = at
+                    instructions.append(WakeAt(at))
+                break
+            instructions.append(self._start_call(free[0], now))
+        return instructions
+
+    def _free_actors(self) -> list[int]:
+        """Actors that may take a call, the one free first at the front."""
+        limit = self._rules.calls_outstanding
+        free = [(len(a.calls), a.queue_s, n) for n, a in self._actors.items() if a.ready and len(a.calls) < limit]
+        return [number for _, _, number in sorted(free)]
+
+    def _leave_at(self, number: int, now: float) -> float:
+        """When the next call to this actor should leave."""
+        actor = self._actors[number]
+        head = self._head()
+        batch = self._batches.get(head.name)
+        if actor.calls and not self._is_short(head) and len(self._actors) > 1:
+            return _NEVER  # a long task would only wait in the actor's queue; another actor may be free first
+        if batch is not None and not head.alone and not actor.calls:
+            same = sum(1 for task in self._waiting.values() if task.name == head.name)
+            return now if same >= batch.max_size else head.since + batch.max_wait_s
+        if not actor.calls and not self._running and len(self._waiting) == 1:
+            return now
+        if self._waiting_s() >= self._rules.call_budget_s or len(self._waiting) >= self._rules.call_tasks:
+            return now
+        return actor.last_call_at + self._rules.call_gap_s
+
+    def _waiting_s(self) -> float:
+        """Estimated run time of what waits, counted up to the budget; a task never seen counts as the budget."""
+        total = 0.0
+        for task in self._waiting.values():
+            total += self._estimates.get(task.name, self._rules.call_budget_s)
+            if total >= self._rules.call_budget_s:
+                break
+        return total
+
+    def _is_short(self, task: _Waiting) -> bool:
+        return not task.alone and self._estimates.get(task.name, 0.0) < self._rules.call_budget_s
+
+    def _head(self) -> _Waiting:
+        while self._queue[0].token not in self._waiting:
+            heapq.heappop(self._queue)
+        return self._queue[0]
+
+    def _start_call(self, number: int, now: float) -> StartCall:
+        actor = self._actors[number]
+        tasks = self._take()
+        call = str(next(self._calls))
+        tokens = tuple(task.token for task in tasks)
+        actor.calls[call] = set(tokens)
+        actor.last_call_at = now
+        for task in tasks:
+            self._running[task.token] = number, call, task.name
+        return StartCall(number, call, tokens, self._sum_estimates(tasks))
+
+    def _take(self) -> list[_Waiting]:
+        """The tasks of the next call: the head, and what may share the call with it."""
+        head = self._pop()
+        if head.alone:
+            return [head]
+        batch = self._batches.get(head.name)
+        if batch is not None:
+            return [head, *self._take_same(head.name, batch.max_size - 1)]
+        taken, left_s = [head], self._rules.call_budget_s - self._estimates.get(head.name, self._rules.call_budget_s)
+        while self._waiting and len(taken) < self._rules.call_tasks:
+            task = self._head()
+            estimate = self._estimates.get(task.name)
+            if estimate is None or estimate > left_s or task.alone or task.name in self._batches:
+                break
+            left_s -= estimate
+            taken.append(self._pop())
+        return taken
+
+    def _take_same(self, name: str, limit: int) -> list[_Waiting]:
+        same = sorted(task for task in self._waiting.values() if task.name == name and not task.alone)[:limit]
+        for task in same:
+            del self._waiting[task.token]
+        return same
+
+    def _pop(self) -> _Waiting:
+        task = self._head()
+        heapq.heappop(self._queue)
+        del self._waiting[task.token]
+        return task
+
+    def _sum_estimates(self, tasks: Iterable[_Waiting]) -> float:
+        return sum(self._estimates.get(task.name, self._rules.call_budget_s) for task in tasks)
+
+    def _illegal(self, token: str, what: str) -> IllegalTransition:
+        story = [f"{at:.3f} {event}" for at, event in self._history if token in event]
+        return IllegalTransition(f"task {token} {what}; its last events: {'; '.join(story)}")

@@ -1,0 +1,87 @@
+"""Every knob of the bridge, once: name with its unit, default, bounds, reason. Read from the environment as BRIDGE_*.
+
+No other file reads the environment. Seconds and bytes everywhere.
+"""
+
+from functools import cache
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from bridge.errors import ConfigurationInvalid
+
+
+class Settings(BaseSettings):
+    """The bridge's settings; for example `gpu_slots` is set by BRIDGE_GPU_SLOTS."""
+
+    model_config = SettingsConfigDict(env_prefix="BRIDGE_", frozen=True, extra="ignore")
+
+    # what users set
+    gpu_tasks: list[str] = Field([], description="JSON list of glob patterns on task names that are GPU tasks")
+    validate_configured: bool = Field(
+        False, description="check payloads of tasks marked by BRIDGE_GPU_TASKS alone, as of tasks marked in code"
+    )
+    ray_address: str | None = Field(
+        None, description="host:port of the Ray head; default: the cluster `ray start` brought up on this host"
+    )
+    namespace: str | None = Field(
+        None, description="actors are shared by the workers of a namespace; default: bridge-<name of the app>"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="auto takes the GPU if it can be used, cuda refuses to start without one, cpu never looks"
+    )
+    gpu_slots: int | None = Field(
+        None, ge=1, description="GPU tasks one worker holds at once; default 32, or twice the largest batch"
+    )
+    max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
+    gpu_memory_limit: str = Field("90%", description="limit of CuPy's memory pool: bytes, or a share such as 90%")
+    actor_cpus: float = Field(1.0, ge=0, description="CPUs each GPU actor reserves in Ray")
+    release: str | None = Field(None, description="name of the code version; default: a digest of the task modules")
+
+    # waiting
+    start_wait_s: float = Field(60.0, gt=0, description="start-up waits this long for the first warm actor")
+    connect_wait_s: float = Field(10.0, gt=0, description="start-up waits this long for Ray or the broker to answer")
+    cluster_wait_s: float = Field(
+        300.0, gt=0, description="tasks wait this long for a cluster that is gone, then fail as ClusterUnavailable"
+    )
+    grace_s: float = Field(5.0, gt=0, description="a cancelled body that goes on is ended with its executor after this")
+    keep_warm_s: float = Field(300.0, gt=0, description="actors outlive the last worker by this")
+    lease_s: float = Field(10.0, gt=0, description="queued tasks of a driver not heard of for this long are dropped")
+    beat_s: float = Field(2.0, gt=0, description="how often the driver asks actors for their health")
+
+    # how calls are shared between tasks (bridge/scheduler.py)
+    call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
+    call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
+    call_tasks: int = Field(256, ge=1, le=4096, description="tasks in one call, at most")
+    calls_outstanding: int = Field(2, ge=1, le=4, description="calls per driver and actor not answered yet, at most")
+
+    # sizes
+    inline_limit_bytes: int = Field(65_536, ge=1, description="larger payloads and values travel on their own")
+    queued_tasks: int = Field(4096, ge=1, description="an actor with this many waiting tasks refuses calls as busy")
+    log_limit_bytes: int = Field(
+        65_536, ge=0, description="what one task's logging and printing may add to its outcome"
+    )
+
+    # how long calls wait inside actors
+    reply_after_s: float = Field(0.02, gt=0, description="a call answers after this, finished or not")
+    collect_wait_s: float = Field(1.0, gt=0, description="an unfinished call is asked again this often")
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        ConfigurationInvalid: a BRIDGE_* variable that means nothing; the text names it.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [f"BRIDGE_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        raise ConfigurationInvalid("; ".join(problems)) from error
+    except Exception as error:  # pydantic-settings: a JSON value that cannot be parsed
+        name = str(error).partition('"')[2].partition('"')[0]
+        raise ConfigurationInvalid(
+            f"BRIDGE_{name.upper()} is not valid JSON; write a list such as BRIDGE_{name.upper()}='[\"shop.images.*\"]'"
+        ) from error

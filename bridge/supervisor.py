@@ -1,0 +1,383 @@
+"""In the worker: starts the driver process, keeps every GPU request until it is answered, and restarts the driver.
+
+Used on the worker's main thread only. A driver that dies takes only started tasks with it, and those follow Celery's
+rules for a lost worker; what had not started goes to the next driver.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import billiard
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from billiard.exceptions import WorkerLostError
+from celery.worker import state as worker_state
+
+from actors.contract import ActorState
+from bridge import driver, errors
+from bridge.errors import ActorNotReady, GpuOutOfMemory, StartupError
+from bridge.link import Accepted, Cancel, Done, Ended, Flush, Link, Report, Run, Stop, TimedOut, Unreadable
+from bridge.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: First and longest pause before a driver that died is started again, in seconds.
+BACKOFF_S = (0.1, 30.0)
+#: A driver that lived this long has not failed at start: the next pause is the first again.
+SETTLED_S = 30.0
+#: After the hard limit the driver gets this long to answer before it is ended itself.
+BACKSTOP_S = 30.0
+#: A driver told to stop gets this long.
+STOP_S = 5.0
+
+
+class GpuRequest:
+    """A GPU task in the worker's hands, from `apply_async` to its answer; Celery keeps only a weak reference."""
+
+    def __init__(self, run: Run, callbacks: dict[str, Any], cancel: Callable[["GpuRequest", int], None]) -> None:
+        self.run = run
+        self.accepted = False
+        self.on_accepted: Callable[[], None] = _nothing
+        self.on_end: Callable[[], None] = _nothing
+        self.callbacks = callbacks
+        self._cancel = cancel
+
+    def terminate(self, signum: int) -> None:
+        """Cancel this one task; called by Celery on revoke and on cold shutdown, also from signal handlers."""
+        self._cancel(self, signum)
+
+
+class DriverSupervisor:
+    """One driver process and the requests it has."""
+
+    def __init__(self, app: Any, hostname: str, settings: Settings) -> None:
+        self._app = app
+        self._hostname = hostname
+        self._settings = settings
+        self._requests: dict[int, GpuRequest] = {}
+        self._serial = 0
+        self._starts = 0
+        self._failures = 0
+        self._started_at = 0.0
+        self._process: Any = None
+        self._link: Link | None = None
+        self._hub: Any = None
+        self._busy = False  # inside a read or write: a signal handler must not enter a second time
+        self._stopping = False
+        self._restart_at: float | None = None
+        self.report: dict[str, Any] = {"actors": []}
+        self._driver_id = ""
+        self._start_error: tuple[str, str] | None = None
+
+    # ---- life cycle
+
+    def start(self) -> None:
+        """Start a driver; it connects in the background."""
+        ours, theirs = socket.socketpair()
+        self._starts += 1
+        name = f"GpuDriver-{self._starts}"
+        self._process = billiard.Process(
+            target=driver.main,
+            args=(self._app, self._hostname, theirs, name, self._driver_id, self._starts == 1),
+            name=name,
+        )
+        self._process.daemon = True
+        self._process.index = self._starts  # for %i in log file names
+        self._process.start()
+        theirs.close()
+        self._link = Link(ours)
+        self._started_at, self._restart_at = time.monotonic(), None
+        for request in self._requests.values():
+            self._send(request.run)
+        self._register()
+
+    def wait_until_ready(self, say: Callable[[str], None]) -> None:
+        """Serve the link until an actor is ready; after `start_wait_s` the worker goes on without.
+
+        Args:
+            say: shows a person what is being waited for.
+
+        Raises:
+            StartupError: the driver cannot start, or no actor's executor can.
+            WorkerShutdown: the worker was told to stop meanwhile.
+        """
+        deadline = time.monotonic() + self._settings.start_wait_s
+        while time.monotonic() < deadline:
+            worker_state.maybe_shutdown()
+            say(self._waits_for())
+            if self._link is None:
+                raise errors.ClusterNotFound("the GPU driver process ended while it started; its error stands above")
+            select.select([self._link], [], [], 0.2)
+            self.on_readable()
+            if self._start_error is not None:
+                name, text = self._start_error
+                raise getattr(errors, name, StartupError)(text)
+            actors = self.report["actors"]
+            if any(actor["state"] == ActorState.READY for actor in actors):
+                return
+            failed = [actor for actor in actors if actor.get("failed_starts", 0) >= 3]
+            if failed and len(failed) == len(actors):
+                raise ActorNotReady(f"GPU actors do not start: {failed[0]['reason']}")
+
+    def register(self, hub: Any) -> None:
+        """Serve the link on the worker's event loop; again after each reconnect to the broker."""
+        self._hub = hub
+        self._register()
+
+    def stop(self) -> None:
+        """End the driver; it leaves its actors warm."""
+        self._stopping = True
+        if self._process is None:
+            return
+        if self._link is not None and not self._busy:
+            try:
+                self._send(Stop())
+            except ConnectionError:
+                pass
+        self._process.join(STOP_S)
+        self.kill()
+
+    def restart(self) -> None:
+        """End the driver and start another; what had started follows Celery's rules for a lost worker."""
+        if self._process is not None and self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGKILL)  # its death is read from the link, and handled as any other
+
+    def kill(self) -> None:
+        """End the driver at once."""
+        self._stopping = True
+        if self._process is not None and self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.join(STOP_S)
+        self._close_link()
+
+    @property
+    def pid(self) -> int | None:
+        """The driver's process id."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests not answered yet."""
+        return len(self._requests)
+
+    @property
+    def running(self) -> int:
+        """Requests whose call has left for an actor."""
+        return sum(request.accepted for request in self._requests.values())
+
+    @property
+    def can_drain(self) -> bool:
+        """Whether `serve` may be called here: not from a signal handler that interrupted this object."""
+        return not self._busy
+
+    def serve(self, timeout_s: float, also: list[int]) -> list[int]:
+        """Outside the event loop: wait for the link or one of `also`; returns which of those can be read."""
+        if self._restart_at is not None and time.monotonic() >= self._restart_at and self._requests:
+            self.start()
+        readable, _, _ = select.select([*also, *([self._link] if self._link else [])], [], [], timeout_s)
+        if self._link is not None and self._link in readable:
+            readable.remove(self._link)
+            self.on_readable()
+        if self._link is not None:
+            self._flush()
+        return readable
+
+    # ---- requests
+
+    def apply(self, run: dict[str, Any], callbacks: dict[str, Any]) -> GpuRequest:
+        """Send a request to the driver. Whatever pickling it raises passes through, and nothing is kept."""
+        self._serial += 1
+        request = GpuRequest(Run(serial=self._serial, lost=0, **run), callbacks, self._cancel)
+        self._send(request.run)
+        self._requests[self._serial] = request
+        return request
+
+    def flush_requests(self) -> None:
+        """Drop what has not started: the broker will deliver it again."""
+        for serial, request in list(self._requests.items()):
+            if not request.accepted:
+                del self._requests[serial]
+        self._send(Flush())
+
+    def _cancel(self, request: GpuRequest, _signum: int) -> None:
+        if request.run.serial in self._requests and not self._busy:
+            self._send(Cancel(request.run.serial))
+
+    # ---- the link
+
+    def _register(self) -> None:
+        if self._hub is not None and self._link is not None:
+            self._hub.add_reader(self._link.fileno(), self._on_event)
+            self._flush()
+
+    def _on_event(self, *_: Any) -> None:
+        self.on_readable()
+
+    def _send(self, message: Any) -> None:
+        if self._link is not None:
+            self._link.send(message)
+            if self._hub is not None:
+                self._hub.call_soon(self._flush)
+            else:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._link is None or self._busy:
+            return
+        self._busy = True
+        try:
+            written = self._link.flush()
+        except ConnectionError:
+            written = True  # the reader sees the end, too
+        finally:
+            self._busy = False
+        if self._hub is not None:
+            if written:
+                self._hub.remove_writer(self._link.fileno())
+            else:
+                self._hub.add_writer(self._link.fileno(), self._flush)
+
+    def on_readable(self) -> None:
+        """Take what the driver has sent."""
+        if self._link is None or self._busy:
+            return
+        self._busy = True
+        try:
+            received = self._link.receive()
+        except EOFError:
+            received = None
+        finally:
+            self._busy = False
+        if received is None:
+            self._on_death()
+            return
+        for message in received:
+            self._handle(message)
+
+    def _handle(self, message: Any) -> None:
+        if isinstance(message, Report):
+            self.report = message.fleet
+            self._driver_id = message.fleet.get("driver_id", "")
+            self._start_error = message.error
+            return
+        request = self._requests.get(message.serial)
+        if request is None:
+            if isinstance(message, Accepted):
+                self._send(Cancel(message.serial))  # it was dropped here while its call left
+            return
+        if isinstance(message, Accepted):
+            self._on_accepted(request, message.at)
+            return
+        del self._requests[message.serial]
+        callbacks = request.callbacks
+        match message:
+            case Done(_, result):
+                _call(callbacks["callback"], _without_memory_error(result))
+            case Ended(_, einfo):
+                _call(callbacks["error_callback"], _harmless(einfo))
+            case TimedOut(_, limit_s):
+                _call(callbacks["timeout_callback"], False, limit_s)
+            case Unreadable(_, reason):
+                _call(callbacks["error_callback"], _einfo(RuntimeError(f"the outcome could not be read: {reason}")))
+        request.on_end()
+
+    def _on_accepted(self, request: GpuRequest, at: float) -> None:
+        request.accepted = True
+        _call(request.callbacks["accept_callback"], self.pid, at)
+        request.on_accepted()
+        limit = request.run.hard_limit_s
+        if limit and self._hub is not None:
+            self._hub.call_later(limit + BACKSTOP_S, self._enforce, request.run.serial)
+
+    def _enforce(self, serial: int) -> None:
+        if serial in self._requests and self._process is not None and self._process.is_alive():
+            logger.error("the GPU driver let a hard time limit pass; it is ended")
+            os.kill(self._process.pid, signal.SIGKILL)
+
+    # ---- death
+
+    def _on_death(self) -> None:
+        self._close_link()
+        self._process.join(STOP_S)
+        code = self._process.exitcode
+        if self._stopping:
+            return
+        lost = [request for request in self._requests.values() if request.accepted]
+        logger.error(
+            "the GPU driver ended (exit code %s): %d started GPU tasks are lost, %d go to the next driver",
+            code, len(lost), len(self._requests) - len(lost),
+        )  # fmt: skip
+        for request in lost:
+            del self._requests[request.run.serial]
+            error = WorkerLostError(f"the GPU driver (pid {self._process.pid}) ended with exit code {code}")
+            _call(request.callbacks["error_callback"], _einfo(error))
+            request.on_end()
+        self.report = {**self.report, "actors": []}
+        self._schedule_restart()
+
+    def _schedule_restart(self) -> None:
+        if time.monotonic() - self._started_at > SETTLED_S:
+            self._failures = 0
+        first, longest = BACKOFF_S
+        pause = min(longest, first * 2**self._failures)
+        self._failures += 1
+        self._restart_at = time.monotonic() + pause
+        if self._hub is not None:
+            self._hub.call_later(pause, self._restart)
+
+    def _restart(self) -> None:
+        if self._link is None and not self._stopping:
+            self.start()
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            if self._hub is not None:
+                self._hub.remove(self._link.fileno())
+            self._link.close()
+            self._link = None
+
+    def _waits_for(self) -> str:
+        if "cluster" not in self.report:
+            return "connecting to the Ray cluster"
+        actors = self.report["actors"]
+        if not actors:
+            return "creating GPU actors"
+        return "; ".join(f"GPU actor {actor['slot']}: {actor.get('reason') or actor['state']}" for actor in actors)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _call(callback: Callable[..., Any], *args: Any) -> None:
+    """A Celery callback; an error in it costs only this task, as in billiard's pool."""
+    try:
+        callback(*args)
+    except Exception:
+        logger.exception("a callback of the worker raised")
+
+
+def _without_memory_error(result: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    failed, value, runtime = result
+    return (failed, _harmless(value), runtime) if failed else result
+
+
+def _harmless(einfo: Any) -> Any:
+    """Celery's worker ends itself when a task fails with MemoryError or a subclass; here such a task fails alone."""
+    error = einfo.exception
+    error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+    if isinstance(error, MemoryError):
+        einfo.exception, einfo.type = GpuOutOfMemory(str(error)), GpuOutOfMemory
+    return einfo
+
+
+def _einfo(error: Exception) -> ExceptionInfo:
+    try:
+        raise error
+    except Exception:
+        return ExceptionInfo()
