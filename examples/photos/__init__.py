@@ -1,0 +1,1 @@
+"""Photographs through a GPU: a plain producer, a chord, a batched burst, and what ran where."""
