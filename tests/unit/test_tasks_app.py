@@ -7,10 +7,12 @@ import sys
 import typing
 
 import pytest
-from pydantic import TypeAdapter, create_model
+from pydantic import TypeAdapter
 
 from actors.bodies import innermost
+from bridge.errors import PayloadInvalid
 from bridge.marks import find_marks
+from bridge.validation import checker
 from celery_app import app
 
 app.loader.import_default_modules()
@@ -66,7 +68,8 @@ def test_only_normalise_is_vectorised():
 def test_every_warm_up_example_fits_the_signature_and_runs(name):
     example = MARKS[name].gpu.example
     assert example is not None, "a task without an example compiles its kernels in a user's time"
-    checked(name, *example)
+    positional, _ = checked(name, *example)
+    assert positional == example  # a payload stays what JSON made of it
     json.dumps(app.tasks[name](*example))
 
 
@@ -96,17 +99,13 @@ def test_every_annotation_can_be_checked(name):
     ],
 )
 def test_annotations_refuse_what_makes_no_sense(name, arguments, field):
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(PayloadInvalid, match=rf"invalid payload: {field}"):
         checked(f"celery_app.tasks.{name}", *arguments)
 
 
 def checked(name, *arguments):
-    """Check positional arguments as the driver does: against the annotations of the body's signature."""
-    body = innermost(app.tasks[name])
-    hints = typing.get_type_hints(body, include_extras=True)
-    fields = {parameter: (hints[parameter], ...) for parameter in inspect.signature(body).parameters}
-    given = dict(zip(fields, arguments, strict=False))
-    return create_model("Arguments", **{field: fields[field] for field in given})(**given)
+    """Check positional arguments as the driver does."""
+    return checker(name, innermost(app.tasks[name]))(arguments, {})
 
 
 def test_broker_and_backend_come_from_the_environment(monkeypatch):
