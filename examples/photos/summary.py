@@ -23,7 +23,7 @@ class Timings:
 
 @dataclass
 class Work:
-    """Tasks of one name on one device: how many, in how many runs of the body (0 where not told), and the mean run."""
+    """Tasks of one name on one device: how many, in how many runs of the body (0 where not told), and the mean time of one task."""
 
     where: str
     device: str
@@ -86,7 +86,7 @@ def _where_table(done: Sequence[Work]) -> Table:
     table = _table("What ran where")
     for name in ("where", "device", "task"):
         table.add_column(name, overflow="fold")
-    for name in ("tasks", "runs", "per run", "mean run"):
+    for name in ("tasks", "runs", "per run", "per task"):
         table.add_column(name, justify="right", no_wrap=True)
     for work in done:
         table.add_row(
