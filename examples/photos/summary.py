@@ -23,7 +23,7 @@ class Timings:
 
 @dataclass
 class Work:
-    """Tasks of one name on one device: how many, in how many runs of the body (0 where not told), and the mean time of one task."""
+    """Tasks of one name on one device: how many, in how many runs of the body (0: not told), and seconds per task."""
 
     where: str
     device: str
@@ -84,8 +84,9 @@ def _warm_up_s(stats: dict[str, Any]) -> float | None:
 
 def _where_table(done: Sequence[Work]) -> Table:
     table = _table("What ran where")
-    for name in ("where", "device", "task"):
+    for name in ("where", "device"):
         table.add_column(name, overflow="fold")
+    table.add_column("task", no_wrap=True)
     for name in ("tasks", "runs", "per run", "per task"):
         table.add_column(name, justify="right", no_wrap=True)
     for work in done:
