@@ -28,6 +28,7 @@ class Entry:
         self.todo: list[TaskCall] = list(call.tasks)
         self.sent: list[TaskCall] = []  # what the executor has now; the journal's indices point here
         self.cancelled: dict[str, float] = {}  # token -> when
+        self.idle_deaths = 0  # executors that died with this call while no body ran
         self._outcomes: dict[str, Outcome] = {}
         self._undelivered = {task.token for task in call.tasks}
 

@@ -135,9 +135,16 @@ class Executor:
         if loaded is None:
             message = f"{live[0].name} is not a GPU task of the app imported on this node"
             return found + [Failed(task.token, FailureKind.UNKNOWN_TASK, "LookupError", message) for task in live]
-        if loaded.batch is None:
-            return [*found, self._run_one(loaded, live[0], first)]
-        return found + self._run_vectorised(loaded, live, first)
+        try:
+            if loaded.batch is None:
+                return [*found, self._run_one(loaded, live[0], first)]
+            return found + self._run_vectorised(loaded, live, first)
+        except Exception as error:  # around the bodies, not in them: a payload of classes this node does not have
+            message = f"{type(error).__name__}: {error}"
+            text = traceback.format_exc()
+            return found + [
+                Failed(task.token, FailureKind.RAISED, type(error).__name__, message, text) for task in live
+            ]
 
     def _run_one(self, loaded: LoadedTask, task: TaskCall, first: int) -> Outcome:
         args, kwargs, context = pickle.loads(task.payload)
@@ -157,7 +164,7 @@ class Executor:
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(tasks))
             return [
-                self._outcome(task, loaded, shares._replace(value=value, **_raised(value)), len(tasks))
+                self._outcome(task, loaded, _share(shares, value), len(tasks))
                 for task, value in zip(tasks, result.value, strict=True)
             ]
         if result.out_of_memory:
@@ -235,9 +242,9 @@ class _Result(NamedTuple):
     run_s: float
 
 
-def _raised(value: Any) -> dict[str, Any]:
-    """An exception that a vectorised body put in an item's place fails that item."""
-    return {"error": value, "value": None} if isinstance(value, Exception) else {}
+def _share(run: _Result, value: Any) -> _Result:
+    """One item's part of a shared run; an exception that the body put in its place fails that item."""
+    return run._replace(value=None, error=value) if isinstance(value, Exception) else run._replace(value=value)
 
 
 def main(pipe_fd: int, journal_fd: int) -> None:

@@ -14,7 +14,7 @@ from actors.shell import ActorShell
 CALL_THREADS = 64
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"control": 4})
 class GpuActor:
     """One GPU: calls in, outcomes out; control methods answer while bodies run."""
 
@@ -71,5 +71,4 @@ def options(name: str, namespace: str, num_cpus: float) -> dict[str, object]:
         "max_restarts": -1,
         "max_task_retries": 0,  # running again is decided by blame, not by Ray
         "max_concurrency": CALL_THREADS,
-        "concurrency_groups": {"control": 4},
     }

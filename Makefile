@@ -1,0 +1,42 @@
+# One command per need; `make` alone lists them. Everything is installed into .venv, nothing anywhere else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED := 0
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench gpu-check clean
+
+help: ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/installed-demo: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.x")'
+	@echo "installing into $(VENV) (about two minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/installed-all: pyproject.toml $(VENV)/installed-demo
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,bench]'
+	@touch $@
+
+demo: $(VENV)/installed-demo ## real photographs through the GPU pipeline; leaves out/contact-sheet.png
+	@$(BIN)/python -m examples.photos.demo
+
+test: $(VENV)/installed-all ## all tests that can run here; says what was skipped and why
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-all ## linters, types, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/installed-all ## no-op tasks here and with the usual alternatives; JSON and plot in benchmarks/results
+	@$(BIN)/python -m benchmarks.noop
+
+gpu-check: ## on a GPU host: the GPU tests, with a report (set PYTHON to use an environment of your own)
+	@$(PYTHON) -m tests.gpu.check
+
+clean: ## remove what was installed and produced
+	@rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache

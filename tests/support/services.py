@@ -1,0 +1,138 @@
+"""Real services for the tests: Redis, Ray, and the real worker command, each a process taken down by pid."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import redis
+
+from bridge.standalone import free_port, redis_binary
+
+ROOT = Path(__file__).resolve().parents[2]
+#: How long any wait of the tests may take before it counts as failed; generous, the machines are slow and shared.
+PATIENCE_S = 60.0
+
+
+def wait_for(condition, what, timeout_s=PATIENCE_S, every_s=0.05):
+    """Wait until `condition()` is true and return what it returned; AssertionError names `what` after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(every_s)
+
+
+class Process:
+    """A server or command under test; its output goes to a file."""
+
+    def __init__(self, command, log, env=None, cwd=ROOT, stdin=None):
+        self.log = Path(log)
+        self.command = command
+        with self.log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, cwd=cwd,
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        if stdin:
+            self.popen.stdin.write(stdin.encode())
+            self.popen.stdin.close()
+
+    @property
+    def pid(self):
+        return self.popen.pid
+
+    @property
+    def output(self):
+        return self.log.read_text(errors="replace")
+
+    def says(self, text, timeout_s=PATIENCE_S):
+        """Wait until the output holds `text`."""
+
+        def found():
+            assert text in self.output or self.popen.poll() is None, f"ended ({self.popen.returncode}):\n{self.output}"
+            return text in self.output
+
+        wait_for(found, f"{text!r} in\n{self.output[-3000:]}", timeout_s)
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def ends(self, timeout_s=PATIENCE_S):
+        """Wait for the end; the exit code."""
+        try:
+            return self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.command} did not end within {timeout_s} s:\n{self.output[-3000:]}") from None
+
+    def stop(self, timeout_s=PATIENCE_S):
+        """SIGTERM, then the end; the exit code."""
+        if self.popen.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self.ends(timeout_s)
+
+    def kill_group(self):
+        """SIGKILL to the process and what it started in its session."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.popen.wait(10)
+
+
+class RedisServer(Process):
+    """A Redis of its own on loopback."""
+
+    def __init__(self, folder, password="", port=None):
+        self.port = port or free_port()
+        self.password = password
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""']
+        if password:
+            lines.append(f"requirepass {password}")
+        super().__init__([redis_binary(), "-"], Path(folder) / "redis.log", stdin="\n".join(lines) + "\n")
+        self.url = f"redis://{':' + password + '@' if password else ''}127.0.0.1:{self.port}/0"
+        self.client = redis.Redis.from_url(self.url)
+        wait_for(self.answers, "Redis to answer")
+
+    def answers(self):
+        try:
+            return self.client.ping()
+        except redis.ConnectionError:
+            return False
+
+
+class RayCluster(Process):
+    """`ray start --head` as a user would, with logical GPUs."""
+
+    def __init__(self, folder, gpus=1, env=None):
+        # Ray puts sockets into its folder: the path must be short
+        self.folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={self.port}",
+            "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4", "--include-dashboard=false",
+            "--include-log-monitor=false", "--object-store-memory=100000000", f"--temp-dir={self.folder}",
+        ]  # fmt: skip
+        env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", **(env or {})}
+        super().__init__(command, Path(folder) / "ray.log", env=env)
+        self.says("Ray runtime started")
+
+
+class Worker(Process):
+    """`python -m bridge.worker`, or another command, on a test app."""
+
+    def __init__(self, folder, *options, app="tests.apps.shop:app", env, command=None, log="worker.log", ready=True):
+        command = command or [sys.executable, "-m", "bridge.worker"]
+        if command[-1] == "bridge.worker":
+            words = [*command, "-A", app, "-l", "INFO", *options]
+        else:
+            words = [*command, "-A", app, "worker", "-l", "INFO", *options]
+        super().__init__(words, Path(folder) / log, env=env)
+        if ready:
+            self.says(" ready.")
