@@ -1,0 +1,1 @@
+"""What the way to the GPU costs: `python -m benchmarks.noop`. Method and caveats are in README.md."""

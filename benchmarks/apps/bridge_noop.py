@@ -1,0 +1,10 @@
+"""The bridge: the same task with the mark."""
+
+from celery import Celery
+
+app = Celery("bridge_noop")
+
+
+@app.task(name="noop", gpu=True)
+def noop() -> None:
+    """Do nothing, on a warm actor."""
