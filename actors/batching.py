@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.contract import MAX_TASKS
+
 _ATTRIBUTE = "__gpu_batch__"
 
 
@@ -30,15 +32,15 @@ def batched(*, max_size: int = 64, max_wait_s: float = 0.0) -> Callable[[Callabl
     ``normalise.delay(vector)``. A body may put an exception in an item's place to fail that item alone.
 
     Args:
-        max_size: tasks in one run of the body, 1 or more.
+        max_size: tasks in one run of the body, 1 to 4096.
         max_wait_s: seconds a task may wait for company while an actor is idle; 0 takes what is there.
 
     Raises:
         ValueError: an option out of bounds.
         TypeError: a parameter that is not annotated ``list[...]``, or a ``*args``/``**kwargs`` parameter.
     """
-    if max_size < 1:
-        raise ValueError(f"batched: max_size must be 1 or more, got {max_size}")
+    if not 1 <= max_size <= MAX_TASKS:
+        raise ValueError(f"batched: max_size must be 1 to {MAX_TASKS}, got {max_size}")
     if max_wait_s < 0:
         raise ValueError(f"batched: max_wait_s must be 0 or more seconds, got {max_wait_s}")
 

@@ -50,6 +50,7 @@ class Child:
             )
         finally:
             theirs.close()
+        self.exit_fd = os.pidfd_open(self.process.pid)  # readable once it has ended, whoever else holds its pipe
         self.pipe = Connection(ours.detach())
         self.pipe.send_bytes(pickle.dumps(config, 5))
 
@@ -112,6 +113,7 @@ class Child:
 
     def close(self) -> None:
         """Forget the journal; after `reap` and the last `running`."""
+        os.close(self.exit_fd)
         self.journal.close()
 
 

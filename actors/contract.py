@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 PROTOCOL = 1
 
 
+#: Tasks in one call, at most; a batch cannot be larger.
+MAX_TASKS = 4096
+
+
 class Release(NamedTuple):
     """One version of the user's code and how an executor loads it; `id` tells releases apart."""
 

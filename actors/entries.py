@@ -61,7 +61,9 @@ class Entry:
         for task in list(tasks):
             self.record(Failed(task.token, kind, kind.name, message))
 
-    def deliver(self, inline_bytes: int, running: frozenset[str], large: dict[str, bytes]) -> tuple[Answer, ...]:
+    def deliver(
+        self, inline_bytes: int, running: frozenset[str], large: dict[str, tuple[str, bytes]]
+    ) -> tuple[Answer, ...]:
         """Answers for all tasks that have not left; large outcomes move to `large` until they are fetched."""
         answers: list[Answer] = []
         for task in self.call.tasks:
@@ -74,7 +76,7 @@ class Entry:
             self._undelivered.discard(task.token)
             size = _size(outcome)
             if size > inline_bytes:
-                large[task.token] = pickle.dumps(outcome, 5)
+                large[task.token] = self.call.driver, pickle.dumps(outcome, 5)
                 answers.append(Large(task.token, size))
             else:
                 answers.append(outcome)

@@ -62,6 +62,8 @@ class Executor:
         self._interrupter = Interrupter(journal, Executor._enter_body.__code__)
         self._tasks: dict[str, LoadedTask] = {}
         self._device: devices.Device
+        self._pid = os.getpid()
+        os.register_at_fork(after_in_child=pipe.close)  # or the actor would not see this process end
 
     def start(self) -> None:
         """Load the release and warm everything a first task would otherwise wait for."""
@@ -103,6 +105,11 @@ class Executor:
     def _run_call(self, call: Call) -> None:
         index, bell = 0, time.monotonic()
         while index < len(call.tasks):
+            if self._journal.is_cancelled(index):
+                token = call.tasks[index].token
+                self._deliver(Failed(token, FailureKind.CANCELLED, "Cancelled", "withdrawn before it started"))
+                index += 1
+                continue
             count = self._batch_size(call.tasks, index)
             for outcome in self._run(call.tasks[index : index + count], index):
                 self._deliver(outcome)
@@ -118,33 +125,25 @@ class Executor:
             return 1
         end = index + 1
         while end < len(tasks) and end - index < loaded.batch.max_size and tasks[end].name == loaded.name:
+            if self._journal.is_cancelled(end):
+                break  # a batch is one range of the journal, or the wrong task would be blamed for a crash
             end += 1
         return end - index
 
     def _run(self, tasks: Sequence[TaskCall], first: int) -> list[Outcome]:
-        """Outcomes of tasks that share a run; withdrawn ones do not run."""
-        live = [task for offset, task in enumerate(tasks) if not self._journal.is_cancelled(first + offset)]
-        found: list[Outcome] = [
-            Failed(task.token, FailureKind.CANCELLED, "Cancelled", "withdrawn before it started")
-            for task in tasks
-            if task not in live
-        ]
-        if not live:
-            return found
-        loaded = self._tasks.get(live[0].name)
+        """Outcomes of tasks that share a run."""
+        loaded = self._tasks.get(tasks[0].name)
         if loaded is None:
-            message = f"{live[0].name} is not a GPU task of the app imported on this node"
-            return found + [Failed(task.token, FailureKind.UNKNOWN_TASK, "LookupError", message) for task in live]
+            message = f"{tasks[0].name} is not a GPU task of the app imported on this node"
+            return [Failed(task.token, FailureKind.UNKNOWN_TASK, "LookupError", message) for task in tasks]
         try:
             if loaded.batch is None:
-                return [*found, self._run_one(loaded, live[0], first)]
-            return found + self._run_vectorised(loaded, live, first)
+                return [self._run_one(loaded, tasks[0], first)]
+            return self._run_vectorised(loaded, tasks, first)
         except Exception as error:  # around the bodies, not in them: a payload of classes this node does not have
             message = f"{type(error).__name__}: {error}"
             text = traceback.format_exc()
-            return found + [
-                Failed(task.token, FailureKind.RAISED, type(error).__name__, message, text) for task in live
-            ]
+            return [Failed(task.token, FailureKind.RAISED, type(error).__name__, message, text) for task in tasks]
 
     def _run_one(self, loaded: LoadedTask, task: TaskCall, first: int) -> Outcome:
         args, kwargs, context = pickle.loads(task.payload)
@@ -191,6 +190,8 @@ class Executor:
         except BaseException as raised:  # SystemExit and KeyboardInterrupt are the task's problem only
             error = raised
         finally:
+            if os.getpid() != self._pid:
+                os._exit(_exit_code(error))  # a child that the body forked has come out here: it is no second executor
             self._interrupter.serial = 0
             sys.settrace(None)
             celery_state._task_stack.pop()
@@ -240,6 +241,12 @@ class _Result(NamedTuple):
     error: BaseException | None
     out_of_memory: bool
     run_s: float
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return int(error is not None)
 
 
 def _share(run: _Result, value: Any) -> _Result:

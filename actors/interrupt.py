@@ -1,8 +1,8 @@
 """Soft limits and cancellation inside a running body, without leaving a lock held.
 
 Bodies run on the executor's main thread, so a signal reaches them in Python code, in sleep, locks and I/O. The handler
-raises at the first line outside logging, threading, import, queue and CuPy frames: an exception inside those would leave
-their locks held for ever (measured: after 11 interrupts of a body that logs). Each interrupt names the serial of the
+raises at the first instruction outside logging, threading, import, queue and CuPy frames: an exception inside those
+would leave their locks held for ever (measured: after 11 interrupts of a body that logs). Each interrupt names the serial of the
 body it is meant for, so a late one is ignored.
 """
 
@@ -18,15 +18,9 @@ from actors.contract import INTERRUPT_SIGNAL, Reason
 from actors.journal import Journal
 
 #: Modules whose frames hold locks or half-made state; an interrupt waits until they are left.
-_SHIELDED = (
-    "logging",
-    "threading",
-    "queue",
-    "importlib",
-    "_frozen_importlib",
-    "concurrent",
-    "cupy",
-    "actors.residents",
+_SHIELDED = frozenset(
+    ("logging", "threading", "queue", "importlib", "_frozen_importlib", "_frozen_importlib_external", "concurrent")
+    + ("cupy", "cupyx", "cupy_backends")
 )
 
 
@@ -53,34 +47,41 @@ class Interrupter:
         self._journal.take(serial)
         if safe is frame or _waits(frame):
             raise self._exception(reason)
-        self._raise_at_next_line(safe, serial, reason)
+        self._raise_at_next_instruction(safe, serial, reason)
 
     def _first_unshielded(self, frame: FrameType) -> FrameType | None:
         """The innermost frame outside all shielded ones, up to the executor's entry."""
         safe: FrameType | None = frame
         current: FrameType | None = frame
         while current is not None and current.f_code is not self._entry:
-            if str(current.f_globals.get("__name__", "")).startswith(_SHIELDED):
+            if _is_shielded(current):
                 safe = current.f_back
             current = current.f_back
         if current is None or safe is None or safe.f_code is self._entry:
             return None  # between bodies, or in the executor's own code: nothing of the user's runs
         return safe
 
-    def _raise_at_next_line(self, safe: FrameType, serial: int, reason: int) -> None:
+    def _raise_at_next_instruction(self, safe: FrameType, serial: int, reason: int) -> None:
         def trace(frame: FrameType, event: str, _argument: Any) -> Callable[..., Any] | None:
-            if frame is safe and event in ("line", "return"):
+            if frame is safe and event in ("opcode", "return"):
                 sys.settrace(None)
                 safe.f_trace = None
                 if self.serial == serial:
                     raise self._exception(reason)
             return trace if frame is safe else None
 
+        # Not at the next line: after the last call in a `with` block that is the block's end, and nothing would exit it.
+        safe.f_trace_opcodes = True
         safe.f_trace = trace
         sys.settrace(lambda *_: None)
 
     def _exception(self, reason: int) -> BaseException:
         return SoftTimeLimitExceeded() if reason == Reason.SOFT_LIMIT else Cancelled()
+
+
+def _is_shielded(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in _SHIELDED or module == "actors.residents"
 
 
 def _waits(frame: FrameType) -> bool:

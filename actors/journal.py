@@ -13,8 +13,8 @@ import os
 import struct
 from typing import NamedTuple
 
-#: Tasks in one call, at most; each has a cancelled flag in the header.
-MAX_TASKS = 4096
+from actors.contract import MAX_TASKS
+
 #: Room for the outcomes of one call; an outcome that does not fit goes through the pipe instead.
 AREA_BYTES = 1 << 20
 

@@ -10,6 +10,10 @@ from typing import Any
 from actors.contract import LogLine
 
 
+#: What a line costs beside its text, so that empty lines are bounded, too.
+LINE_BYTES = 64
+
+
 class LogCapture(logging.Handler):
     """Collects the log records of the body that runs now; at any other time they go to this process's stderr."""
 
@@ -49,7 +53,7 @@ class LogCapture(logging.Handler):
             if sys.__stderr__ is not None:
                 sys.__stderr__.write(f"{record.levelname} {record.name}: {text}\n")
         elif self._room > 0:
-            self._room -= len(text)
+            self._room -= len(text) + LINE_BYTES
             if self._room <= 0:
                 text = text[: self._limit] + " … (more output of this task was dropped)"
             self._lines.append(LogLine(record.levelno, record.name, text))

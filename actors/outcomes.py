@@ -83,9 +83,11 @@ def _qualified_name(error: BaseException) -> str:
 
 
 def _traceback_below(error: BaseException, entry: CodeType) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code is entry:
-        trace = trace.tb_next
+    trace = below = error.__traceback__
+    while below is not None:
+        if below.tb_frame.f_code is entry:
+            trace = below.tb_next
+        below = below.tb_next
     try:
         return "".join(traceback.format_exception(type(error), error, trace))
     except Exception:

@@ -53,7 +53,7 @@ class ActorShell:
         self._lock = threading.RLock()
         self._queue: deque[Entry] = deque()
         self._entries: dict[str, Entry] = {}
-        self._large: dict[str, bytes] = {}
+        self._large: dict[str, tuple[str, bytes]] = {}  # token -> driver, outcome
         self._drivers: dict[str, float] = {}
         self._superseded: set[str] = set()
         self._configs: dict[str, Config] = {}
@@ -98,6 +98,8 @@ class ActorShell:
         """Take a call; answers when it is finished, or after `reply_after_s` with what there is."""
         with self._lock:
             self._hear(call.driver)
+            if call.driver in self._superseded:
+                return lost(call, "another driver has taken over")
             if call.release not in self._configs:
                 return lost(call, "the actor was restarted and does not know this release yet")
             queued = sum(len(entry.todo) for entry in self._entries.values())
@@ -123,7 +125,7 @@ class ActorShell:
     def fetch(self, token: str) -> bytes:
         """A large outcome, pickled; once."""
         with self._lock:
-            return self._large.pop(token)
+            return self._large.pop(token)[1]
 
     def cancel(self, call_id: str, tokens: list[str]) -> None:
         """Withdraw tasks that wait and interrupt the one that runs; it ends with its executor after the grace time."""
@@ -153,11 +155,12 @@ class ActorShell:
     def _supersede(self, driver: str) -> None:
         self._superseded.add(driver)
         self._drivers.pop(driver, None)
-        self._drop([entry for entry in self._entries.values() if entry.call.driver == driver], "superseded")
+        self._drop(driver, "superseded")
 
-    def _drop(self, entries: list[Entry], why: str) -> None:
+    def _drop(self, driver: str, why: str) -> None:
         """Forget the calls of a driver that is gone; what runs of them is interrupted."""
-        for entry in entries:
+        self._large = {token: kept for token, kept in self._large.items() if kept[0] != driver}
+        for entry in [entry for entry in self._entries.values() if entry.call.driver == driver]:
             if self._active is not None and self._active[0] is entry:
                 self._cancel(entry, [task.token for task in entry.todo])
             else:
@@ -170,7 +173,7 @@ class ActorShell:
         gone = {driver for driver, heard in self._drivers.items() if now - heard > self._limits.lease_s}
         for driver in gone:
             del self._drivers[driver]
-            self._drop([entry for entry in self._entries.values() if entry.call.driver == driver], "lease ran out")
+            self._drop(driver, "lease ran out")
 
     # the supervisor
 
@@ -181,13 +184,17 @@ class ActorShell:
                     break
                 self._start_children()
                 self._start_call()
-                pipes = {child.pipe: child for child in self._children.values()}
+                children = list(self._children.values())
                 timeout = self._next_look()
-            for ready in wait([self._wake_read, *pipes], timeout):
-                if ready == self._wake_read:
-                    os.read(self._wake_read, 4096)
-                else:
-                    self._read(pipes[ready])  # type: ignore[index]
+            sources = [source for child in children for source in (child.pipe, child.exit_fd)]
+            ready = set(wait([self._wake_read, *sources], timeout))
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
+            for child in children:
+                if child.exit_fd in ready:
+                    self._read_rest(child)
+                elif child.pipe in ready:
+                    self._read(child)
             with self._lock:
                 now = time.monotonic()
                 self._look_at_running(now)
@@ -266,6 +273,14 @@ class ActorShell:
                 if isinstance(message, Done):
                     self._memory = message.memory_used, message.memory_total
                     self._finish_call(child)
+
+    def _read_rest(self, child: Child) -> None:
+        """The process has ended: what it said before still counts."""
+        while self._children.get(child.release.id) is child and child.pipe.poll(0):
+            self._read(child)
+        with self._lock:
+            if self._children.get(child.release.id) is child:
+                self._bury(child)
 
     def _take(self, entry: Entry, child: Child, outcomes: list[Outcome]) -> None:
         for outcome in outcomes + child.new_outcomes():

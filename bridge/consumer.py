@@ -16,6 +16,11 @@ from bridge.supervisor import GpuRequest
 class HybridConsumer:
     """Mixed into the worker's consumer class."""
 
+    pool: Any
+    qos: Any
+    qos_global: bool | None
+    connection: Any
+
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
         self._on_cpu_request = on_task_request
         self._slots = LaxBoundedSemaphore(kwargs["pool"].gpu_slots)
@@ -23,8 +28,7 @@ class HybridConsumer:
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
     def _route(self, request: Any) -> None:
-        pool = self.pool  # type: ignore[attr-defined]
-        if request.name not in pool.marks:
+        if request.name not in self.pool.marks:
             self._on_cpu_request(request)
             return
         self._widen(request)
@@ -33,7 +37,7 @@ class HybridConsumer:
     def _start(self, request: Any) -> None:
         """A slot is free: hand the request to the pool, unless it was revoked or has expired meanwhile."""
         try:
-            handle: GpuRequest = request.execute_using_pool(self.pool)  # type: ignore[attr-defined]
+            handle: GpuRequest = request.execute_using_pool(self.pool)
         except TaskRevokedError:
             self._end(request)
         except Exception:
@@ -49,15 +53,17 @@ class HybridConsumer:
 
     def _widen(self, request: Any) -> None:
         """Let one more message in for this one, while it is neither acknowledged nor one of a CPU child's share."""
-        pool = self.pool  # type: ignore[attr-defined]
-        fixed = self.qos_global is False  # type: ignore[attr-defined]  # quorum queues: a live consumer cannot change it
-        if not fixed and len(self._held) < pool.gpu_slots:
-            self._held[request] = self.qos  # type: ignore[attr-defined]
-            self.qos.increment_eventually()  # type: ignore[attr-defined]
+        if len(self._held) < self.pool.gpu_slots and not self._prefetch_is_fixed():
+            self._held[request] = self.qos
+            self.qos.increment_eventually()
+
+    def _prefetch_is_fixed(self) -> bool:
+        """RabbitMQ's quorum queues: a live consumer cannot change its prefetch count."""
+        return self.connection.transport.driver_type == "amqp" and self.qos_global is False
 
     def _narrow(self, request: Any) -> None:
         qos = self._held.pop(request, None)
-        if qos is not None and qos is self.qos:  # type: ignore[attr-defined]  # each connection has its own
+        if qos is not None and qos is self.qos:  # each connection has its own
             qos.decrement_eventually()
 
     def on_close(self) -> None:
@@ -65,16 +71,18 @@ class HybridConsumer:
         super().on_close()  # type: ignore[misc]
         self._held.clear()
         self._slots.clear()
-        self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)  # type: ignore[attr-defined]
+        self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)
 
 
 class HybridAutoscaler:
     """Mixed into the worker's autoscaler class: children are counted for CPU tasks only."""
 
+    pool: Any
+
     @property
     def qty(self) -> int:
         """CPU tasks reserved."""
-        marks = self.pool.marks  # type: ignore[attr-defined]
+        marks = self.pool.marks
         return sum(1 for request in tuple(reserved_requests) if request.name not in marks)
 
 

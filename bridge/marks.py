@@ -22,10 +22,13 @@ class Gpu(BaseModel):
 
     memory: ByteSize | None = Field(default=None, description="device memory the body needs, in bytes or as '2GiB'")
     max_crashes: int | None = Field(
-        default=None, ge=1, description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES"
+        default=None,
+        ge=1,
+        description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES",
     )
     example: tuple[Any, ...] | None = Field(
-        default=None, description="positional arguments for one real run at warm-up, so that kernels are compiled before work"
+        default=None,
+        description="positional arguments for one real run at warm-up, so that kernels are compiled before work",
     )
 
 

@@ -4,7 +4,8 @@ Events go in through `handle`, each with the time it happened; instructions come
 
 Pacing: a task that finds its actor idle and is alone in hand leaves at once. Otherwise calls are shared: at most
 `calls_outstanding` per actor, and while the waiting work is tiny the next call leaves `call_gap_s` after the last one.
-A call takes tasks in order while their estimated run time stays under `call_budget_s`; a task that has never been seen
+Nothing is sent behind a call that is long or of unknown length: it would count as started while it waits, and another
+actor may be free first. A call takes tasks in order while their estimated run time stays under `call_budget_s`; a task that has never been seen
 travels alone.
 """
 
@@ -17,8 +18,6 @@ from typing import NamedTuple
 
 #: Weight of the newest run in the estimate of a task's run time.
 _NEWEST = 0.2
-_NEVER = float("inf")
-
 #: Events kept per scheduler for the text of an illegal transition.
 _HISTORY = 64
 
@@ -138,6 +137,7 @@ class _Actor:
     ready: bool = False
     queue_s: float = 0.0
     calls: dict[str, set[str]] = field(default_factory=dict)  # call -> tokens not finished
+    long_calls: set[str] = field(default_factory=set)  # those that reach the budget: nothing is sent behind them
     last_call_at: float = float("-inf")
 
 
@@ -218,6 +218,7 @@ class Scheduler:
         left.discard(token)
         if not left:
             del self._actors[actor].calls[call]
+            self._actors[actor].long_calls.discard(call)
         if run_s is not None:
             known = self._estimates.get(name)
             self._estimates[name] = run_s if known is None else known + _NEWEST * (run_s - known)
@@ -240,7 +241,7 @@ class Scheduler:
                 break
             at = self._leave_at(free[0], now)
             if at > now:
-                if at < _NEVER and (self._wake_at is None or at < self._wake_at):
+                if self._wake_at is None or at < self._wake_at:
                     self._wake_at = at
                     instructions.append(WakeAt(at))
                 break
@@ -250,7 +251,11 @@ class Scheduler:
     def _free_actors(self) -> list[int]:
         """Actors that may take a call, the one free first at the front."""
         limit = self._rules.calls_outstanding
-        free = [(len(a.calls), a.queue_s, n) for n, a in self._actors.items() if a.ready and len(a.calls) < limit]
+        free = [
+            (len(actor.calls), actor.queue_s, number)
+            for number, actor in self._actors.items()
+            if actor.ready and len(actor.calls) < limit and not actor.long_calls
+        ]
         return [number for _, _, number in sorted(free)]
 
     def _leave_at(self, number: int, now: float) -> float:
@@ -258,8 +263,6 @@ class Scheduler:
         actor = self._actors[number]
         head = self._head()
         batch = self._batches.get(head.name)
-        if actor.calls and not self._is_short(head) and len(self._actors) > 1:
-            return _NEVER  # a long task would only wait in the actor's queue; another actor may be free first
         if batch is not None and not head.alone and not actor.calls:
             same = sum(1 for task in self._waiting.values() if task.name == head.name)
             return now if same >= batch.max_size else head.since + batch.max_wait_s
@@ -278,9 +281,6 @@ class Scheduler:
                 break
         return total
 
-    def _is_short(self, task: _Waiting) -> bool:
-        return not task.alone and self._estimates.get(task.name, 0.0) < self._rules.call_budget_s
-
     def _head(self) -> _Waiting:
         while self._queue[0].token not in self._waiting:
             heapq.heappop(self._queue)
@@ -291,11 +291,14 @@ class Scheduler:
         tasks = self._take()
         call = str(next(self._calls))
         tokens = tuple(task.token for task in tasks)
+        estimate_s = self._sum_estimates(tasks)
         actor.calls[call] = set(tokens)
+        if estimate_s >= self._rules.call_budget_s:
+            actor.long_calls.add(call)
         actor.last_call_at = now
         for task in tasks:
             self._running[task.token] = number, call, task.name
-        return StartCall(number, call, tokens, self._sum_estimates(tasks))
+        return StartCall(number, call, tokens, estimate_s)
 
     def _take(self) -> list[_Waiting]:
         """The tasks of the next call: the head, and what may share the call with it."""

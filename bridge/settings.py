@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
-    call_tasks: int = Field(256, ge=1, le=4096, description="tasks in one call, at most")
+    call_tasks: int = Field(256, ge=1, le=4096, description="tasks in one shared call, at most; a batch may be larger")
     calls_outstanding: int = Field(2, ge=1, le=4, description="calls per driver and actor not answered yet, at most")
 
     # sizes

@@ -7,7 +7,9 @@ It checks what can be checked before start (app, settings, broker), rewrites the
 import os
 import shutil
 import sys
+import sysconfig
 import time
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,10 +148,11 @@ def _load_app(line: CommandLine) -> Any:
 
 
 def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace else ""
+    """Where the user's code raised: the last frame in a file outside the installed packages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_file() and "site-packages" not in frame.filename]
+    own = [frame for frame in own if not Path(frame.filename).is_relative_to(sysconfig.get_path("stdlib"))]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def _check_settings() -> None:

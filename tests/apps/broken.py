@@ -1,0 +1,5 @@
+"""An app whose import fails."""
+
+import os
+
+SECRET = os.environ["SHOP_SECRET"]
