@@ -24,7 +24,7 @@ from benchmarks.samples import Sample
 from benchmarks.services import Cluster, Running, StartFailed, started
 
 #: Until the first result of a worker that has just been started, and until the last one of a round.
-FIRST_RESULT_S, LAST_RESULT_S = 120.0, 300.0
+FIRST_RESULT_S, LAST_RESULT_S = 120.0, 120.0
 
 #: Between two looks at how many results there are; a look is one DBSIZE, about 10 us of Redis' time.
 LOOK_S = 0.005
@@ -37,8 +37,8 @@ class LaneFailed(Exception):
 class Addresses(NamedTuple):
     """Where an approach finds what it needs; its results go to a Redis database of their own."""
 
+    redis: Running
     redis_url: str
-    redis_pid: int
     database: int
     cluster: Cluster | None
 
@@ -61,9 +61,11 @@ class Lane:
         self._caller = Celery(broker=addresses.broker, backend=addresses.results, set_as_current=False)
         # Without a backend, sending does not subscribe to results that nobody will read.
         self._sender = Celery(broker=addresses.broker, set_as_current=False)
-        cluster_pid = addresses.cluster.running.process.pid if addresses.cluster and approach.needs_ray else None
+        cluster = addresses.cluster.running if addresses.cluster and approach.needs_ray else None
+        self._needed = (worker, addresses.redis, cluster) if cluster else (worker, addresses.redis)
         others = tuple(a.actor_title for a in APPROACHES if a.actor_title and a.name != approach.name)
-        self._family = Family(worker.process.pid, addresses.redis_pid, cluster_pid, others)
+        pids = worker.process.pid, addresses.redis.process.pid, cluster.process.pid if cluster else None
+        self._family = Family(*pids, others)
 
     def warm_up(self, tasks: int) -> None:
         """Wait for the first result, then run more: processes, connections and code paths are warm afterwards."""
@@ -137,7 +139,8 @@ class Lane:
     def _await(self, condition: Callable[[], bool], patience_s: float, what: str) -> None:
         deadline = time.perf_counter() + patience_s
         while not condition():
-            self.worker.check()
+            for running in self._needed:
+                running.check()
             if time.perf_counter() > deadline:
                 raise LaneFailed(f"waited {patience_s:.0f} s for {what}\n{self.worker.log_tail()}")
             time.sleep(LOOK_S)

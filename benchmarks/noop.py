@@ -58,7 +58,7 @@ class Run:
         server, url = self._services.enter_context(redis_server(self._folder))
         cluster = self._start_ray() if any(a.needs_ray for a in approaches) else None
         for database, approach in enumerate(approaches, start=1):
-            addresses = Addresses(url, server.process.pid, database, cluster)
+            addresses = Addresses(server, url, database, cluster)
             with self._may_fail(approach.name):
                 self._start_lane(approach, addresses)
         with redis.Redis.from_url(url) as client:

@@ -27,6 +27,10 @@ class StartFailed(Exception):
     """A server or worker did not come up; the text shows the end of its log."""
 
 
+class Ended(StartFailed):
+    """A server or worker ended that should run."""
+
+
 class Running(NamedTuple):
     """A process of ours, and where it logs."""
 
@@ -36,7 +40,7 @@ class Running(NamedTuple):
     def check(self) -> None:
         """Raise if it has ended."""
         if self.process.poll() is not None:
-            raise StartFailed(f"ended with exit code {self.process.returncode}\n{self.log_tail()}")
+            raise Ended(f"{self.log.stem} ended with exit code {self.process.returncode}\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 25) -> str:
         """What it last said."""
