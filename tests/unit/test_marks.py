@@ -1,0 +1,109 @@
+"""Which tasks are GPU tasks: by mark, by setting, and what is refused."""
+
+import pytest
+from celery import Celery
+from pydantic import ValidationError
+
+from bridge import Gpu, batched
+from bridge.errors import ConfigurationInvalid
+from bridge.marks import find_marks
+
+falsy = pytest.mark.xfail(reason="bug 12: falsy ones count as False")
+
+
+@pytest.fixture
+def app():
+    app = Celery("marks", set_as_current=False)
+
+    @app.task(shared=False, name="shop.plain")
+    def plain():
+        pass
+
+    @app.task(shared=False, name="shop.marked", gpu=True)
+    def marked():
+        pass
+
+    @app.task(shared=False, name="shop.options", gpu=Gpu(memory="2GiB", max_crashes=3))
+    def options():
+        pass
+
+    @app.task(shared=False, name="shop.no", gpu=False)
+    def no():
+        pass
+
+    @app.task(shared=False, name="shop.many", gpu=True)
+    @batched(max_size=16, max_wait_s=0.01)
+    def many(numbers: list[int]) -> list[int]:
+        return numbers
+
+    app.finalize()
+    return app
+
+
+def marks(app, *patterns):
+    return find_marks(app.tasks.values(), patterns)
+
+
+def test_marked_tasks_and_no_others(app):
+    found = marks(app)
+    assert set(found) == {"shop.marked", "shop.options", "shop.many"}
+    assert not any(mark.configured for mark in found.values())
+
+
+def test_options_are_read(app):
+    found = marks(app)["shop.options"].gpu
+    assert (found.memory, found.max_crashes) == (2 << 30, 3)
+    assert marks(app)["shop.marked"].gpu == Gpu()
+
+
+def test_a_vectorised_body_is_found(app):
+    batch = marks(app)["shop.many"].batch
+    assert (batch.max_size, batch.max_wait_s) == (16, 0.01)
+    assert marks(app)["shop.marked"].batch is None
+
+
+def test_patterns_mark_by_name(app):
+    found = marks(app, "shop.p*")
+    assert found["shop.plain"].configured
+    assert not found["shop.marked"].configured
+    assert set(marks(app, "other.*")) == set(marks(app))
+
+
+def test_a_task_marked_in_code_keeps_its_options_when_a_pattern_names_it_too(app):
+    found = marks(app, "shop.*")["shop.options"]
+    assert found.gpu.max_crashes == 3
+    assert not found.configured
+
+
+def test_patterns_are_case_sensitive(app):
+    assert "shop.plain" not in marks(app, "SHOP.plain")
+
+
+def test_celerys_own_tasks_never_match(app):
+    assert not any(name.startswith("celery.") for name in marks(app, "*"))
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", 1, {"memory": 3}, 2.5, *(pytest.param(each, marks=falsy) for each in ("", 0, {}, []))]
+)
+def test_a_mark_that_means_nothing_is_refused_with_the_tasks_name(value):
+    app = Celery("wrong", set_as_current=False)
+
+    @app.task(shared=False, name="shop.wrong", gpu=value)
+    def wrong():
+        pass
+
+    app.finalize()
+    with pytest.raises(ConfigurationInvalid, match=r"task shop\.wrong: gpu="):
+        marks(app)
+
+
+@pytest.mark.parametrize("options", [{"memmory": 1}, {"memory": "many"}, {"max_crashes": 0}, {"example": 3}])
+def test_unknown_options_fail_where_they_are_written(options):
+    with pytest.raises(ValidationError):
+        Gpu(**options)
+
+
+def test_options_do_not_change():
+    with pytest.raises(ValidationError):
+        Gpu().memory = 3

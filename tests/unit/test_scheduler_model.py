@@ -1,0 +1,208 @@
+"""The scheduler against a make-believe world, whatever happens in whatever order.
+
+Every task ends exactly once; no actor has more calls than allowed; no call exceeds its limits; and nothing waits for
+ever while an actor is free and time passes.
+"""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from bridge.scheduler import (
+    ActorLost,
+    ActorReady,
+    BatchRule,
+    Drop,
+    Interrupt,
+    Rules,
+    Scheduler,
+    StartCall,
+    TaskCancelled,
+    TaskFinished,
+    TaskWaiting,
+    Tick,
+    WakeAt,
+)
+
+BATCHES = {"batch": BatchRule(4, 0.05), "eager batch": BatchRule(3, 0.0)}
+NAMES = ["tiny", "small", "long", "new", *BATCHES]
+RUN_S = {"tiny": 0.0001, "small": 0.002, "long": 1.0, "new": None, "batch": 0.0005, "eager batch": 0.01}
+ACTORS = 3
+
+
+class World(RuleBasedStateMachine):
+    """What driver and actors do: it obeys instructions and checks each of them."""
+
+    @initialize(
+        tasks=st.integers(1, 6),
+        outstanding=st.integers(1, 3),
+        gap_s=st.sampled_from([0.0, 0.004]),
+        actors=st.booleans(),
+    )
+    def begin(self, tasks, outstanding, gap_s, actors):
+        self.rules = Rules(0.005, gap_s, tasks, outstanding)
+        self.scheduler = Scheduler(self.rules, BATCHES)
+        self.now = 0.0
+        self.made = 0
+        self.names = {}  # token -> name
+        self.waiting = {}  # token -> (name, alone)
+        self.running = {}  # token -> (actor, call)
+        self.calls = {}  # call -> (actor, tokens left)
+        self.ended = set()
+        self.long_calls = set()
+        self.ready = set()
+        self.wake_at = None
+        if actors:
+            self.become_ready(0, 0.0)
+
+    # what happens
+
+    @rule(name=st.sampled_from(NAMES), rank=st.integers(-1, 2), alone=st.sampled_from([False, False, False, True]))
+    def arrive(self, name, rank, alone):
+        self.made += 1
+        token = f"t{self.made}"
+        self.waiting[token] = name, alone
+        self.tell(TaskWaiting(token, name, rank, alone))
+
+    @rule(names=st.lists(st.sampled_from(NAMES), min_size=2, max_size=12))
+    def burst(self, names):
+        for name in names:
+            self.arrive(name, 0, False)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), ran=st.booleans())
+    def finish(self, data, ran):
+        token = data.draw(st.sampled_from(sorted(self.running)))
+        self.end(token, ran)
+
+    @precondition(lambda self: self.waiting or self.running or self.ended)
+    @rule(data=st.data())
+    def cancel(self, data):
+        known = sorted(self.waiting) + sorted(self.running) + sorted(self.ended)
+        self.tell(TaskCancelled(data.draw(st.sampled_from(known))))
+
+    @rule(actor=st.integers(0, ACTORS - 1), queue_s=st.sampled_from([0.0, 0.5]))
+    def become_ready(self, actor, queue_s):
+        self.ready.add(actor)
+        self.tell(ActorReady(actor, queue_s))
+
+    @rule(actor=st.integers(0, ACTORS - 1), answers=st.booleans())
+    def lose(self, actor, answers):
+        self.ready.discard(actor)
+        self.tell(ActorLost(actor))
+        if answers:  # the driver says of each task that it is lost, and lets it wait again under a new token
+            for token in [token for token, (where, _) in self.running.items() if where == actor]:
+                self.end(token, ran=False)
+
+    @rule(seconds=st.sampled_from([0.0005, 0.002, 0.004, 0.06]))
+    def pass_time(self, seconds):
+        end = self.now + seconds
+        while self.wake_at is not None and self.wake_at <= end:
+            self.now, self.wake_at = max(self.now, self.wake_at), None
+            self.tell(Tick())
+        self.now = max(self.now, end)
+
+    @rule()
+    def late_tick(self):
+        """A Tick nobody asked for does no harm."""
+        self.wake_at = None
+        self.tell(Tick())
+
+    # what it answers
+
+    def end(self, token, ran):
+        _, call = self.running.pop(token)
+        assert token not in self.ended, "ended twice"
+        self.ended.add(token)
+        self.calls[call][1].discard(token)
+        if not self.calls[call][1]:
+            del self.calls[call]
+        self.tell(TaskFinished(token, RUN_S[self.names[token]] if ran else None))
+
+    def tell(self, event):
+        if isinstance(event, TaskWaiting):
+            self.names[event.token] = event.name
+        cancelled = event.token if isinstance(event, TaskCancelled) else None
+        for instruction in self.scheduler.handle(event, self.now):
+            match instruction:
+                case StartCall():
+                    self.start(instruction)
+                case Drop(token):
+                    assert token == cancelled and token in self.waiting
+                    del self.waiting[token]
+                    self.ended.add(token)
+                case Interrupt(actor, call, token):
+                    assert token == cancelled
+                    assert self.running[token] == (actor, call)
+                case WakeAt(at):
+                    assert at > self.now, "a wake-up in the past would spin"
+                    assert self.wake_at is None or at < self.wake_at
+                    self.wake_at = at
+
+    def start(self, call):
+        assert call.actor in self.ready
+        assert call.call not in self.calls
+        assert call.tokens and len(set(call.tokens)) == len(call.tokens)
+        tasks = [self.waiting.pop(token) for token in call.tokens]  # KeyError: it does not wait
+        name, alone = tasks[0]
+        if name in BATCHES and not alone:
+            assert {name} == {each for each, _ in tasks}
+            assert len(tasks) <= BATCHES[name].max_size
+        elif len(tasks) > 1:
+            assert len(tasks) <= self.rules.call_tasks
+            assert call.estimate_s <= self.rules.call_budget_s * 1.000001
+            assert all(each not in BATCHES and each != "new" for each, _ in tasks)
+        ahead = [each for each in self.long_calls & self.calls.keys() if self.calls[each][0] == call.actor]
+        assert not ahead, "something is sent behind a long call"
+        if call.estimate_s >= self.rules.call_budget_s:
+            self.long_calls.add(call.call)
+        assert len(tasks) == 1 or not any(alone for _, alone in tasks), "a suspect has company"
+        self.calls[call.call] = call.actor, set(call.tokens)
+        self.running |= dict.fromkeys(call.tokens, (call.actor, call.call))
+
+    # what always holds
+
+    @invariant()
+    def counts_agree(self):
+        if hasattr(self, "scheduler"):
+            assert self.scheduler.waiting == len(self.waiting)
+            assert self.scheduler.running == len(self.running)
+
+    @invariant()
+    def no_actor_has_too_many_calls(self):
+        if hasattr(self, "calls"):
+            for number in range(ACTORS):
+                assert sum(actor == number for actor, _ in self.calls.values()) <= self.rules.calls_outstanding
+
+    @invariant()
+    def an_idle_actor_is_never_left_without_a_wake_up(self):
+        """Nothing runs, something waits, somebody is ready: then a time is set."""
+        if hasattr(self, "scheduler") and self.waiting and self.ready and not self.running:
+            assert self.wake_at is not None
+
+    def teardown(self):
+        """However it came to this: with an actor, time and answers, everything ends."""
+        if not hasattr(self, "scheduler"):
+            return
+        self.become_ready(1, 0.0)
+        for _ in range(10_000):
+            if not self.waiting and not self.running:
+                break
+            if self.running:
+                self.end(sorted(self.running)[0], ran=True)
+            else:
+                assert self.wake_at is not None, f"{self.waiting} wait for ever"
+                self.pass_time(self.wake_at - self.now)
+        assert not self.waiting and not self.running
+        assert len(self.ended) == self.made
+
+
+World.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestScheduler = World.TestCase

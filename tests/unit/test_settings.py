@@ -1,0 +1,98 @@
+"""Settings come from BRIDGE_* and what means nothing is named."""
+
+import pytest
+
+from bridge.errors import ConfigurationInvalid
+from bridge.settings import Settings, settings
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def set_all(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_without_variables_there_are_defaults():
+    found = settings()
+    assert found.gpu_tasks == []
+    assert found.device == "auto"
+    assert found.gpu_slots is None
+    assert found.max_crashes == 2
+
+
+def test_every_knob_has_a_default_a_description_and_a_unit_in_its_name():
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert not field.is_required(), name
+        if field.annotation is float and name != "actor_cpus":
+            assert name.endswith("_s"), name
+
+
+def test_each_type_is_read(environment):
+    environment(
+        BRIDGE_GPU_TASKS='["legacy.images.*", "legacy.other"]',
+        BRIDGE_GPU_SLOTS="7",
+        BRIDGE_LEASE_S="2.5",
+        BRIDGE_DEVICE="cpu",
+        BRIDGE_VALIDATE_CONFIGURED="true",
+        BRIDGE_RAY_ADDRESS="10.0.0.1:6379",
+        BRIDGE_CALL_BUDGET_S="0.01",
+    )
+    found = settings()
+    assert found.gpu_tasks == ["legacy.images.*", "legacy.other"]
+    assert (found.gpu_slots, found.lease_s, found.device) == (7, 2.5, "cpu")
+    assert found.validate_configured is True
+    assert (found.ray_address, found.call_budget_s) == ("10.0.0.1:6379", 0.01)
+
+
+def test_they_are_read_once(environment):
+    first = settings()
+    environment(BRIDGE_GPU_SLOTS="9")
+    assert settings() is first
+
+
+def test_nobody_changes_them():
+    with pytest.raises(Exception, match="frozen"):
+        settings().gpu_slots = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("BRIDGE_GPU_SLOTS", "many", "integer"),
+        ("BRIDGE_GPU_SLOTS", "0", "greater than or equal to 1"),
+        ("BRIDGE_DEVICE", "gpu", "'cuda'"),
+        ("BRIDGE_LEASE_S", "-1", "greater than 0"),
+        ("BRIDGE_CALL_TASKS", "5000", "4096"),
+        ("BRIDGE_CALLS_OUTSTANDING", "9", "4"),
+        ("BRIDGE_GPU_TASKS", "{}", "list"),
+        ("BRIDGE_GPU_TASKS", "[1]", "string"),
+        ("BRIDGE_GPU_TASKS", "shop.images.*", "JSON"),
+        ("BRIDGE_GPU_TASKS", "['shop']", "JSON"),
+        ("BRIDGE_GPU_TASKS", "", "JSON"),
+        ("BRIDGE_VALIDATE_CONFIGURED", "perhaps", "boolean"),
+    ],
+)
+def test_a_value_that_means_nothing_is_named(environment, name, value, says):
+    environment(**{name: value})
+    with pytest.raises(ConfigurationInvalid) as caught:
+        settings()
+    assert name in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_values_are_named_at_once(environment):
+    environment(BRIDGE_GPU_SLOTS="x", BRIDGE_GRACE_S="y")
+    with pytest.raises(ConfigurationInvalid, match=r"BRIDGE_GPU_SLOTS.*BRIDGE_GRACE_S"):
+        settings()
