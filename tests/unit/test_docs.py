@@ -1,0 +1,157 @@
+"""The documents say what the code says: settings, exit codes, links, files, functions, commands."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from actors import contract
+from bridge import driver, errors
+from bridge.marks import find_marks
+from bridge.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples", "benchmarks")
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def _documents():
+    for name in OWN:
+        path = ROOT / name
+        yield from sorted(path.rglob("*.md")) if path.is_dir() else [path]
+
+
+DOCUMENTS = [str(path.relative_to(ROOT)) for path in _documents()]
+
+
+def read(name):
+    return (ROOT / name).read_text()
+
+
+def blocks(name, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", read(name), flags=re.MULTILINE | re.DOTALL)
+
+
+def settings_table():
+    """The table of docs/settings.md, from bridge/settings.py; CONTRIBUTING.md says how to print it."""
+    rows = ["| variable | default | allowed | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        bounds = [
+            f"{sign} {getattr(limit, key):g}"
+            for limit in field.metadata
+            for key, sign in SIGNS.items()
+            if hasattr(limit, key)
+        ]
+        choices = [f"`{choice}`" for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)]
+        default = "not set" if field.default is None else f"`{_as_variable(field.default)}`"
+        meaning = (field.description or "").replace("<", "&lt;")
+        allowed = ", ".join(bounds or choices)
+        rows.append(f"| `BRIDGE_{name.upper()}` | {default} | {allowed} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _as_variable(default):
+    return f"{default:g}" if isinstance(default, float) else str(default).lower()
+
+
+def test_every_setting_is_in_the_table_as_it_is():
+    assert settings_table() in read("docs/settings.md"), f"docs/settings.md needs this table:\n{settings_table()}"
+
+
+def test_every_variable_the_documents_name_is_a_setting():
+    known = {f"BRIDGE_{name.upper()}" for name in Settings.model_fields}
+    for name in DOCUMENTS:
+        found = set(re.findall(r"BRIDGE_[A-Z_]*[A-Z]", read(name)))
+        assert found <= known, f"{name}: {sorted(found - known)}"
+
+
+@pytest.mark.parametrize("error", errors.StartupError.__subclasses__(), ids=lambda error: error.__name__)
+def test_every_start_up_error_is_in_the_table(error):
+    assert f"| {error.exit_code} | `{error.__name__}` |" in read("docs/bring-up.md")
+
+
+@pytest.mark.parametrize(("module", "process"), [(driver, "driver"), (contract, "executor")])
+def test_exit_codes_of_other_processes_are_in_the_table(module, process):
+    codes = [value for name, value in vars(module).items() if name.startswith("EXIT_")]
+    assert codes
+    for code in codes:
+        assert f"| {code} | {process} |" in read("docs/bring-up.md")
+
+
+def anchors(text):
+    """GitHub's names of a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_relative_links_resolve(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), f"{target}: no such file"
+        if anchor:
+            assert anchor in anchors(linked.read_text()), f"{target}: no such heading"
+
+
+def names_in(source):
+    """Top-level functions and classes, and ``Class.method``."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("document", ["docs/journey.md", "docs/glossary.md", "docs/states.md"])
+def test_files_and_functions_exist(document):
+    text = read(document)
+    for file in set(re.findall(r"`([\w/]+\.py)`", text)):
+        assert (ROOT / file).is_file(), f"{document} names {file}"
+    # `file.py` `name`, `name`: the names are of that file
+    for file, names in re.findall(r"`([\w/]+\.py)`((?:,? `[A-Za-z_][\w.]*`)+)", text):
+        known = set(names_in(read(file)))
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name in known, f"{document}: {file} has no {name}"
+
+
+def test_the_journey_names_every_file_of_a_tasks_way():
+    journey = read("docs/journey.md")
+    for file in ("consumer", "pool", "supervisor", "link", "driver", "validation", "scheduler", "fleet", "outcomes"):
+        assert f"`bridge/{file}.py`" in journey
+    for file in ("gpu_actor", "shell", "entries", "child", "journal", "executor", "outcomes"):
+        assert f"`actors/{file}.py`" in journey
+
+
+def test_the_readmes_example_is_an_app_with_the_marks_it_shows():
+    code, *_ = blocks("README.md", "python")
+    scope = {"__name__": "shop"}
+    exec(compile(code, "README.md", "exec"), scope)
+    app = scope["app"]
+    assert isinstance(app, Celery)
+    app.finalize()
+    assert set(find_marks(app.tasks.values(), [])) == {"shop.norm", "shop.mean", "shop.double", "shop.look_up"}
+    assert (scope["norm"]([3.0, 4.0]), scope["double"](2.0), scope["look_up"](7)) == (5.0, 4.0, 7)
+
+
+def test_make_targets_the_documents_name_exist():
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.MULTILINE))
+    for name in DOCUMENTS:
+        commands = "\n".join(blocks(name, "bash"))
+        found = set(re.findall(r"`make ([a-z-]+)", read(name)) + re.findall(r"\bmake ([a-z-]+)", commands))
+        assert found <= targets, f"{name}: {sorted(found - targets)}"
+
+
+def test_the_licence_is_the_one_pyproject_names():
+    assert 'license = "Apache-2.0"' in read("pyproject.toml")
+    assert "Version 2.0, January 2004" in read("LICENSE") and "END OF TERMS AND CONDITIONS" in read("LICENSE")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_path_of_one_machine(document):
+    assert not re.findall(r"(?<![\w.])/(?:home|root|work|Users)/", read(document))
