@@ -16,12 +16,12 @@ _PYDANTIC_CELL = "task_fun"  # the free variable of celery.app.base.pydantic_wra
 
 def innermost(task: Any) -> Callable[..., Any]:
     """The body as the user wrote it, bound to the task when it is a method of it."""
-    run = _run_slot(task)
+    run: Callable[..., Any] = _run_slot(task)
     cell = _pydantic_cell(run)
     if cell is None:
-        return run  # type: ignore[no-any-return]
-    body = cell.cell_contents
-    return functools.partial(body, task) if _is_method(run) else body  # type: ignore[no-any-return]
+        return run
+    body: Callable[..., Any] = cell.cell_contents
+    return functools.partial(body, task) if _is_method(run) else body
 
 
 def replace_innermost(task: Any, replacement: Callable[..., Any]) -> None:

@@ -109,7 +109,7 @@ class Pending(NamedTuple):
 
     token: str
     running: bool
-    wishes: bytes = b""  # what the running body has asked of Celery so far (progress)
+    wishes: tuple[bytes, ...] = ()  # what the running body has asked of Celery since the last answer (progress)
 
 
 Outcome = Succeeded | Failed
@@ -210,6 +210,13 @@ class NotStarted(NamedTuple):
 
 class Bell(NamedTuple):
     """There is something new in the journal."""
+
+
+class Asked(NamedTuple):
+    """The running body asks something of Celery that is to happen now (progress)."""
+
+    token: str
+    wishes: bytes
 
 
 class Done(NamedTuple):

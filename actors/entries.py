@@ -30,6 +30,7 @@ class Entry:
         self.cancelled: dict[str, float] = {}  # token -> when
         self.idle_deaths = 0  # executors that died with this call while no body ran
         self._outcomes: dict[str, Outcome] = {}
+        self._wishes: dict[str, list[bytes]] = {}  # what running bodies ask of Celery, in order
         self._undelivered = {task.token for task in call.tasks}
 
     @property
@@ -43,8 +44,13 @@ class Entry:
         return not self._undelivered
 
     def has_news(self) -> bool:
-        """There is an outcome that has not left yet."""
-        return not self._undelivered.isdisjoint(self._outcomes)
+        """There is an outcome or a wish that has not left yet."""
+        return bool(self._wishes) or not self._undelivered.isdisjoint(self._outcomes)
+
+    def ask(self, token: str, wishes: bytes) -> None:
+        """A running body asks something of Celery."""
+        self._wishes.setdefault(token, []).append(wishes)
+        self.changed.notify_all()
 
     def record(self, outcome: Outcome) -> TaskCall | None:
         """Take a task's outcome; the task, or None when it had one already."""
@@ -71,8 +77,10 @@ class Entry:
                 continue
             outcome = self._outcomes.pop(task.token, None)
             if outcome is None:
-                answers.append(Pending(task.token, task.token in running))
+                answers.append(Pending(task.token, task.token in running, tuple(self._wishes.pop(task.token, ()))))
                 continue
+            if task.token in self._wishes:  # they happened before the end, and the driver grants them before it
+                answers.append(Pending(task.token, True, tuple(self._wishes.pop(task.token))))
             self._undelivered.discard(task.token)
             size = _size(outcome)
             if size > inline_bytes:

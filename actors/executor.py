@@ -25,6 +25,7 @@ from actors.batching import run_batch
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_NOT_STARTED,
+    Asked,
     Bell,
     Call,
     Config,
@@ -57,7 +58,8 @@ class Executor:
         self._pipe = pipe
         self._journal = journal
         self._config = config
-        self._wishes = Wishes()
+        self._wishes = Wishes(lambda wishes: self._say(Asked(self._token, wishes)))
+        self._token = ""
         self._logs = LogCapture(config.log_level, config.log_limit_bytes)
         self._interrupter = Interrupter(journal, Executor._enter_body.__code__)
         self._tasks: dict[str, LoadedTask] = {}
@@ -147,10 +149,10 @@ class Executor:
 
     def _run_one(self, loaded: LoadedTask, task: TaskCall, first: int) -> Outcome:
         args, kwargs, context = pickle.loads(task.payload)
-        result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1)
+        result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1, task.token)
         if result.out_of_memory:  # its references are gone by now, so a second run may fit
             self._device.free()
-            result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1)
+            result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1, task.token)
         return self._outcome(task, loaded, result, 1)
 
     def _run_vectorised(self, loaded: LoadedTask, tasks: Sequence[TaskCall], first: int) -> list[Outcome]:
@@ -159,7 +161,7 @@ class Executor:
         assert batch is not None  # the caller has looked
         items = [pickle.loads(task.payload) for task in tasks]
         pairs = [(args, kwargs) for args, kwargs, _ in items]
-        result = self._guarded(loaded, run_batch, (batch, pairs), {}, items[0][2], first, len(tasks))
+        result = self._guarded(loaded, run_batch, (batch, pairs), {}, items[0][2], first, len(tasks), tasks[0].token)
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(tasks))
             return [
@@ -176,11 +178,20 @@ class Executor:
         )
 
     def _guarded(
-        self, loaded: LoadedTask, call: Any, args: Any, kwargs: Any, context: dict[str, Any], first: int, count: int
+        self,
+        loaded: LoadedTask,
+        call: Any,
+        args: Any,
+        kwargs: Any,
+        context: dict[str, Any],
+        first: int,
+        count: int,
+        token: str,
     ) -> "_Result":
         """Run a body with its request in place, interruptible, on a device that is idle again afterwards."""
         request = Context(context, args=args, kwargs=kwargs, called_directly=False)
         loaded.task.request_stack.push(request)
+        self._token = token
         celery_state._task_stack.push(loaded.task)
         self._logs.start()
         started = time.monotonic_ns()

@@ -2,8 +2,8 @@
 
 Bodies run on the executor's main thread, so a signal reaches them in Python code, in sleep, locks and I/O. The handler
 raises at the first instruction outside logging, threading, import, queue and CuPy frames: an exception inside those
-would leave their locks held for ever (measured: after 11 interrupts of a body that logs). Each interrupt names the serial of the
-body it is meant for, so a late one is ignored.
+would leave their locks held for ever (measured: after 11 interrupts of a body that logs). Each interrupt names the
+serial of the body it is meant for, so a late one is ignored.
 """
 
 import signal
@@ -19,8 +19,10 @@ from actors.journal import Journal
 
 #: Modules whose frames hold locks or half-made state; an interrupt waits until they are left.
 _SHIELDED = frozenset(
-    ("logging", "threading", "queue", "importlib", "_frozen_importlib", "_frozen_importlib_external", "concurrent")
-    + ("cupy", "cupyx", "cupy_backends")
+    {
+        *("logging", "threading", "queue", "concurrent", "cupy", "cupyx", "cupy_backends"),
+        *("importlib", "_frozen_importlib", "_frozen_importlib_external"),
+    }
 )
 
 
@@ -70,7 +72,7 @@ class Interrupter:
                     raise self._exception(reason)
             return trace if frame is safe else None
 
-        # Not at the next line: after the last call in a `with` block that is the block's end, and nothing would exit it.
+        # Not at the next line: after the last call in a `with` block that is its end, and nothing would exit it.
         safe.f_trace_opcodes = True
         safe.f_trace = trace
         sys.settrace(lambda *_: None)

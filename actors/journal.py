@@ -30,11 +30,11 @@ _AREA_AT = _FLAGS_AT + MAX_TASKS
 
 
 class Running(NamedTuple):
-    """The body that runs now: tasks ``first`` to ``first + count - 1`` of the current call."""
+    """The body that runs now: tasks ``first`` to ``first + size - 1`` of the current call."""
 
     serial: int
     first: int
-    count: int
+    size: int
     started_ns: int
 
 
@@ -88,7 +88,7 @@ class Journal:
 
     def wanted(self) -> tuple[int, int]:
         """(serial, reason) of the last interrupt asked for."""
-        return _WANTED.unpack_from(self._map, _WANTED_AT)  # type: ignore[return-value]
+        return _WANTED.unpack_from(self._map, _WANTED_AT)
 
     def take(self, serial: int) -> None:
         """Note that the interrupt for this body has reached it, so that it is not sent again."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from actors.contract import LogLine
 
-
 #: What a line costs beside its text, so that empty lines are bounded, too.
 LINE_BYTES = 64
 

@@ -23,7 +23,7 @@ TEXT_LIMIT = 16_384
 
 
 def plain(value: Any, keep_models: bool) -> Any:
-    """Replace arrays, array scalars and (unless `keep_models`) pydantic models inside `value` by plain Python values."""
+    """Replace arrays, array scalars and (unless `keep_models`) pydantic models inside `value` by plain values."""
     kind = type(value)
     if kind in (str, int, float, bool, bytes) or value is None:
         return value

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -17,6 +18,7 @@ from actors.child import Child, is_outcome
 from actors.contract import (
     PROTOCOL,
     ActorState,
+    Asked,
     Busy,
     Call,
     Config,
@@ -250,10 +252,8 @@ class ActorShell:
             return self._start_call()
         entry.sent = list(entry.todo)
         self._active = entry, child
-        try:
+        with suppress(OSError):  # it is dead: its end is read next, and the entry goes back to the queue
             child.send(entry.call._replace(tasks=tuple(entry.sent)))
-        except OSError:
-            pass  # it is dead: the pipe's end is read next, and the entry goes back to the queue
         return None
 
     def _read(self, child: Child) -> None:
@@ -269,6 +269,8 @@ class ActorShell:
                 self._failures.pop(release, None)
                 self._reasons.pop(release, None)
             if self._active is not None and self._active[1] is child:
+                if isinstance(message, Asked):
+                    self._active[0].ask(message.token, message.wishes)
                 self._take(self._active[0], child, [message] if is_outcome(message) else [])
                 if isinstance(message, Done):
                     self._memory = message.memory_used, message.memory_total
@@ -317,7 +319,7 @@ class ActorShell:
         if running is None:
             self._count_idle_death(entry, child, how)
             return
-        tasks = [task for task in entry.sent[running.first : running.first + running.count] if task in entry.todo]
+        tasks = [task for task in entry.sent[running.first : running.first + running.size] if task in entry.todo]
         if child.planned_end and running.serial == child.serial_to_end:
             aimed = [task for task in tasks if len(tasks) == 1 or task.token in entry.cancelled]
             kind = FailureKind.CANCELLED if child.planned_end == "cancelled" else FailureKind.HARD_LIMIT
@@ -366,7 +368,7 @@ class ActorShell:
         running = child.running()
         if running is None or child.planned_end:
             return
-        tasks = entry.sent[running.first : running.first + running.count]
+        tasks = entry.sent[running.first : running.first + running.size]
         ran_s = now - running.started_ns / 1e9
         cancelled = [entry.cancelled[task.token] for task in tasks if task.token in entry.cancelled]
         alone = len(tasks) == 1  # one cancelled task of a shared run ends when the run ends
@@ -408,7 +410,7 @@ class ActorShell:
             self._take(entry, self._active[1], [])
             now = self._active[1].running()
             if now is not None:
-                running = frozenset(task.token for task in entry.sent[now.first : now.first + now.count])
+                running = frozenset(task.token for task in entry.sent[now.first : now.first + now.size])
         answers = entry.deliver(self._limits.inline_bytes, running, self._large)
         if entry.is_delivered:
             self._entries.pop(entry.call.id, None)
@@ -427,17 +429,29 @@ class ActorShell:
             state, reason = ActorState.FAILING, self._reasons[release]
         else:
             state, reason = ActorState.STARTING, child.step if child else "queued"
-        running = self._running_names()
         return Health(
-            protocol=PROTOCOL, slot=self._slot, node=platform.node(), pid=os.getpid(), state=state, reason=reason, failed_starts=self._failures.get(release, 0),
-            device=ready.device if ready else {}, executor_pid=child.process.pid if child else 0,
-            generation=self._generation, warm_s=ready.warm_s if ready else 0.0, tasks=self._tally.tasks,
-            calls=self._tally.calls, crashes=self._tally.crashes,
-            queued=sum(len(entry.todo) for entry in self._queue), running=running, by_task=self._tally.by_task(),
-            memory_used_bytes=self._memory[0], memory_total_bytes=self._memory[1],
-        )  # fmt: skip
+            protocol=PROTOCOL,
+            slot=self._slot,
+            node=platform.node(),
+            pid=os.getpid(),
+            state=state,
+            reason=reason,
+            failed_starts=self._failures.get(release, 0),
+            device=ready.device if ready else {},
+            executor_pid=child.process.pid if child else 0,
+            generation=self._generation,
+            warm_s=ready.warm_s if ready else 0.0,
+            tasks=self._tally.tasks,
+            calls=self._tally.calls,
+            crashes=self._tally.crashes,
+            queued=sum(len(entry.todo) for entry in self._queue),
+            running=self._running_name(),
+            by_task=self._tally.by_task(),
+            memory_used_bytes=self._memory[0],
+            memory_total_bytes=self._memory[1],
+        )
 
-    def _running_names(self) -> str:
+    def _running_name(self) -> str:
         if self._active is None:
             return ""
         entry, child = self._active
@@ -445,10 +459,8 @@ class ActorShell:
         return entry.sent[running.first].name if running else ""
 
     def _wake(self) -> None:
-        try:
+        with suppress(BlockingIOError):  # it is awake already
             os.write(self._wake_write, b"x")
-        except BlockingIOError:
-            pass  # it is awake already
 
 
 def _exceeded(ran_s: float, limits: list[Any]) -> bool:

@@ -1,10 +1,11 @@
 """What a body asks of Celery while it runs on a GPU node: recorded here, granted by the driver.
 
 GPU nodes need neither broker nor result backend. `self.retry` and `self.replace` end the body as they do in Celery;
-`self.update_state` and `self.send_event` let it go on. The driver grants each wish with the same method of the real task.
+`self.update_state` and `self.send_event` let it go on. The driver grants each with the same method of the real task.
 """
 
 import pickle
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from celery.exceptions import Ignore, MaxRetriesExceededError, Retry
@@ -27,17 +28,18 @@ class ReplaceWanted(Ignore):
 
 
 class Wishes:
-    """Collects the wishes of the body that runs now."""
+    """Collects the wishes of the body that runs now; `tell` hands those on that the world is to see at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[bytes], None]) -> None:
+        self._tell = tell
         self._wishes: list[Wish] = []
 
     def install(self, task: Any) -> None:
         """Give a task, in this process, methods that record instead of publishing or storing."""
         task.retry = lambda *args, **kwargs: self._retry(task, *args, **kwargs)
         task.replace = self._replace
-        task.update_state = lambda *args, **kwargs: self._record("update_state", args, kwargs)
-        task.send_event = lambda *args, **kwargs: self._record("send_event", args, kwargs)
+        task.update_state = lambda *args, **kwargs: self._tell_now("update_state", args, kwargs)
+        task.send_event = lambda *args, **kwargs: self._tell_now("send_event", args, kwargs)
 
     def take(self) -> bytes:
         """The wishes recorded since the last take, pickled; empty when there are none."""
@@ -45,6 +47,9 @@ class Wishes:
             return b""
         wishes, self._wishes = self._wishes, []
         return pickle.dumps(wishes, 5)
+
+    def _tell_now(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._tell(pickle.dumps([Wish(method, args, kwargs)], 5))
 
     def _record(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._wishes.append(Wish(method, args, kwargs))

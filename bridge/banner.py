@@ -46,10 +46,10 @@ def gpu_banner(info: dict[str, Any], marks: dict[str, Mark]) -> str:
     """The [gpu] part of the worker's banner; `info` is what `inspect stats` shows under pool.gpu."""
     if not marks:
         return "[gpu]\n.> no task is marked: write @app.task(gpu=True), or set BRIDGE_GPU_TASKS\n"
-    nodes = f"{info['nodes']} node{'s' if info['nodes'] != 1 else ''}"
+    size = f"{_count(info['nodes'], 'node')}, {_count(info['gpus'], 'GPU')}"
     lines = [
         "[gpu]",
-        f".> cluster:     {info['cluster']} (Ray {info['ray']}, {nodes}, {info['gpus']} GPU reservations)",
+        f".> cluster:     {info['cluster']} (Ray {info['ray']}, {size})",
         f".> device:      {_device(info['actors'])}",
         f".> slots:       {info['slots']}",
         *(f".> actor {actor['slot']}:     {_actor(actor)}" for actor in info["actors"]),
@@ -59,6 +59,10 @@ def gpu_banner(info: dict[str, Any], marks: dict[str, Mark]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _device(actors: list[dict[str, Any]]) -> str:

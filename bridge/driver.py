@@ -40,10 +40,11 @@ from actors.contract import (
     TaskCall,
 )
 from bridge import link as messages
+from bridge.auth import use_token
 from bridge.errors import BridgeError, ClusterUnavailable, StartupError, TaskPoisoned
 from bridge.link import Link
 from bridge.marks import Mark, find_marks
-from bridge.outcomes import resolve
+from bridge.outcomes import grant, resolve
 from bridge.release import make_config
 from bridge.scheduler import (
     ActorLost,
@@ -71,6 +72,8 @@ EXIT_CLUSTER_LOST = 75
 EXIT_NOT_STARTED = 76
 #: A stretch between two switches longer than this is logged, in seconds: it stops every other GPU task of the worker.
 SLOW_S = 1.0
+#: The worker hears of the driver at least this often, in seconds; silence means that it is stuck.
+REPORT_S = 5.0
 #: Reruns after losses nobody is to blame for, before the task fails instead of going round for ever.
 MAX_LOSSES = 10
 
@@ -125,6 +128,8 @@ class Driver:
         self._by_token: dict[str, _Task] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full
         self._ready: set[int] = set()
+        self._unready_since = time.monotonic()
+        self._reported_at = 0.0
         self._report: dict[str, Any] = {"driver": os.getpid(), "driver_id": self.id, "actors": {}}
         self._wake_at: float | None = None
         self._stopping = False
@@ -135,6 +140,7 @@ class Driver:
         batches = {name: BatchRule(m.batch.max_size, m.batch.max_wait_s) for name, m in marks.items() if m.batch}
         rules = Rules(s.call_budget_s, s.call_gap_s, s.call_tasks, s.calls_outstanding)
         self._scheduler = Scheduler(rules, batches)
+        use_token()
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
         namespace = s.namespace or f"bridge-{app.main or 'app'}"
@@ -160,6 +166,8 @@ class Driver:
                 self._wake_at = None
                 self._schedule(Tick())
             self._give_up_waiting()
+            if time.monotonic() - self._reported_at > REPORT_S:
+                self._send_report()
             written = self._flush()
             poll.modify(self._link.fileno(), select.EPOLLIN | (0 if written else select.EPOLLOUT))
             if code is not None or self._stopping:
@@ -234,10 +242,11 @@ class Driver:
         return None
 
     def _give_up_waiting(self) -> None:
-        """Fail what has waited too long for a cluster."""
-        if self._ready:
+        """Fail what has waited too long while no actor was ready."""
+        now, longest = time.monotonic(), self._settings.cluster_wait_s
+        if self._ready or now - self._unready_since < longest:
             return
-        for token in self._scheduler.waiting_since(time.monotonic() - self._settings.cluster_wait_s):
+        for token in self._scheduler.waiting_since(now - longest):
             task = self._by_token[token]
             self._schedule(TaskCancelled(token), drop=False)
             self._refuse(task, ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s"))
@@ -263,6 +272,9 @@ class Driver:
         task.attempt += 1
         task.token = f"{task.run.serial}.{task.attempt}"
         self._by_token[task.token] = task
+        if task.accepted:
+            task.accepted = False
+            self._send(messages.Returned(task.run.serial))
         self._wait(task, alone)
 
     def _schedule(self, event: Event, drop: bool = True) -> None:
@@ -282,8 +294,9 @@ class Driver:
         calls = []
         for token in tokens:
             task = self._by_token[token]
-            if task.tracer is None:
+            if not task.accepted:
                 self._accept(task)
+            if task.tracer is None:
                 self._start_tracer(task)
             if task.payload is None:  # it ended before its body: an invalid payload, or a hook that raised
                 self._schedule(TaskFinished(token, None))
@@ -339,7 +352,11 @@ class Driver:
         request = {key: value for key, value in task.run.request.items() if key not in ("args", "kwargs")}
         task.payload = pickle.dumps((args, kwargs, request), 5)
         try:
-            outcome: Outcome | BridgeError = self._loop.switch()
+            outcome: Outcome | Pending | BridgeError = self._loop.switch()
+            while isinstance(outcome, Pending):
+                for wishes in outcome.wishes:
+                    grant(self._app.tasks[name], wishes)
+                outcome = self._loop.switch()
         finally:
             task.payload = None
         if isinstance(outcome, BridgeError):
@@ -375,19 +392,30 @@ class Driver:
             self._lose_actor(actor, reason)
             reply = Reply(tuple(Failed(t.token, FailureKind.LOST, "LOST", reason) for t in call.tasks), 0.0)
         elif isinstance(reply, Busy):
-            self._lose_actor(actor, "busy", reply.queue_s)
-            reply = Reply(tuple(Failed(t.token, FailureKind.LOST, "LOST", "busy") for t in call.tasks), reply.queue_s)
+            self._put_back(call_id, actor, call)
+            return
         elif actor in self._ready:
             self._schedule(ActorReady(actor, reply.queue_s))
-        pending = {answer.token for answer in reply.answers if isinstance(answer, Pending | Large)}
+        ended = {answer.token for answer in reply.answers if isinstance(answer, Succeeded | Failed)}
+        large = {answer.token for answer in reply.answers if isinstance(answer, Large)}
+        pending = {answer.token for answer in reply.answers} - ended
         if pending:
             call = call._replace(tasks=tuple(task for task in call.tasks if task.token in pending))
             self._calls[call_id] = actor, call
         else:
             del self._calls[call_id]
         self._take_answers(actor, reply.answers)
-        if any(isinstance(answer, Pending) for answer in reply.answers):
+        if pending - large:
             self._fleet.collect(actor, call)
+
+    def _put_back(self, call_id: str, actor: int, call: Call) -> None:
+        """The actor's queue is full: its tasks wait here, and it is asked again after the next beat."""
+        del self._calls[call_id]
+        self._lose_actor(actor, "its queue is full")
+        for sent in call.tasks:
+            self._schedule(TaskFinished(sent.token, None))
+            if sent.token in self._by_token:
+                self._again(self._by_token[sent.token], alone=False)
 
     def _take_answers(self, actor: int, answers: tuple[Answer, ...]) -> None:
         for answer in answers:
@@ -395,6 +423,8 @@ class Driver:
                 self._fleet.fetch(actor, answer.token)
             elif not isinstance(answer, Pending):
                 self._finish(actor, answer)
+            elif answer.wishes and answer.token in self._by_token:
+                self._switch(self._by_token[answer.token], answer)
 
     def _fetched(self, token: str, data: bytes | None) -> None:
         for call_id, (actor, call) in self._calls.items():
@@ -474,13 +504,16 @@ class Driver:
         self._report["actors"][slot] = row
         self._send_report()
 
-    def _lose_actor(self, slot: int, reason: str, _queue_s: float = 0.0) -> None:
+    def _lose_actor(self, slot: int, reason: str) -> None:
         if slot in self._ready:
             logger.warning("GPU actor %d takes no calls: %s", slot, reason)
+        if self._ready == {slot}:
+            self._unready_since = time.monotonic()
         self._ready.discard(slot)
         self._schedule(ActorLost(slot))
 
     def _send_report(self, error: StartupError | None = None) -> None:
+        self._reported_at = time.monotonic()
         report = {**self._report, "actors": list(self._report["actors"].values())}
         report |= {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
         self._send(messages.Report(0, report, (type(error).__name__, str(error)) if error else None))

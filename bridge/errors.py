@@ -21,11 +21,11 @@
         ├── RemoteTaskError           the body raised what cannot be rebuilt here
         └── ClusterUnavailable        no cluster for too long
 
-Every class passes all its arguments to ``super().__init__`` and makes its text in ``__str__``: so it survives pickle and
-Celery's JSON results. `retryable` says whether sending the same task again can help.
+Every class passes all its arguments to ``super().__init__`` and makes its text in ``__str__``: so it survives pickle
+and Celery's JSON results. `retryable` says whether sending the same task again can help.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 class BridgeError(Exception):
@@ -112,7 +112,7 @@ class PayloadInvalid(TaskError):
 
     Args:
         task: the task's name.
-        problems: one dict per problem: ``field`` (dotted path), ``reason``, ``received`` (a type name, never the value).
+        problems: one dict each: ``field`` (dotted path), ``reason``, ``received`` (a type name, never the value).
     """
 
     def __init__(self, task: str, problems: list[dict[str, str]]) -> None:
@@ -183,5 +183,5 @@ class ClusterUnavailable(TaskError):
 
 def as_text(error: BaseException, limit: int = 400) -> str:
     """One line about any exception, bounded, for logs and health."""
-    text: Any = f"{type(error).__name__}: {error}".replace("\n", " ")
+    text = f"{type(error).__name__}: {error}".replace("\n", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -5,7 +5,6 @@ callbacks arrive on Ray's own I/O thread and only hand their result to `notify`,
 """
 
 import logging
-import os
 import queue
 import signal
 import socket
@@ -13,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -22,6 +20,7 @@ import ray.exceptions
 from actors import gpu_actor
 from actors.contract import PROTOCOL, ActorState, Busy, Call, Config, Health, Reply
 from actors.entries import Limits
+from bridge.auth import TOKEN_FILE, use_token
 from bridge.errors import (
     ClusterAuthFailed,
     ClusterMismatch,
@@ -34,8 +33,6 @@ from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: Where Ray keeps a host's token when neither RAY_AUTH_TOKEN nor RAY_AUTH_TOKEN_PATH says otherwise.
-TOKEN_FILE = Path("~/.ray/auth_token")
 #: The head's port is probed with this deadline, in seconds.
 PROBE_S = 1.0
 #: The cluster counts as gone after this many failed probes in a row.
@@ -213,24 +210,25 @@ class Fleet:
                 problem = str(error)
             if not patient and time.monotonic() > deadline:
                 raise ClusterNotFound(
-                    f"no Ray cluster: {problem}. Start one with `ray start --head`, or set BRIDGE_RAY_ADDRESS=host:port"
+                    f"no Ray cluster: {problem}. Start one with `ray start --head` "
+                    "(and --port=6380 where Redis holds 6379), or set BRIDGE_RAY_ADDRESS=host:port"
                 )
             time.sleep(0.5)
 
     def _require_gpu(self, patient: bool) -> None:
         if not patient and not _gpus():
             raise GpuNotFound(
-                f"the Ray cluster at {self._address} offers no GPU: join a GPU node with `ray start --address={self._address}`, "
-                "or start it with `--num-gpus=1` for a logical GPU on a machine without one"
+                f"the Ray cluster at {self._address} offers no GPU: join a GPU node with "
+                f"`ray start --address={self._address}`, or start it with `--num-gpus=1` for a logical GPU"
             )
 
     def _beat(self) -> None:
         """One look at the cluster and every actor."""
         try:
             wanted = range(_gpus())
-            for slot in wanted:
-                if slot not in self._slots:
-                    self._slots[slot] = _Slot(self._create(slot))
+            for number in wanted:
+                if number not in self._slots:
+                    self._slots[number] = _Slot(self._create(number))
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
             return
@@ -248,7 +246,8 @@ class Fleet:
         limits = Limits(s.inline_limit_bytes, s.queued_tasks, s.reply_after_s, s.lease_s, s.keep_warm_s, s.grace_s)
         name = f"gpu-{slot}-v{PROTOCOL}"
         options = gpu_actor.options(name, self._namespace, s.actor_cpus)
-        return gpu_actor.GpuActor.options(**options).remote(slot, limits)
+        actor: Any = gpu_actor.GpuActor  # a class to mypy, an actor class to Ray
+        return actor.options(**options).remote(slot, limits)
 
     def _ask(self, number: int, slot: _Slot) -> None:
         if slot.asked:
@@ -312,25 +311,6 @@ def connect(address: str, namespace: str) -> Connected:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray installs a handler of its own
     return Connected(address, ray.__version__, sum(1 for node in ray.nodes() if node["Alive"]), _gpus())
-
-
-def use_token() -> str:
-    """Turn token authentication on when a token can be found; Ray does not do it by itself for an explicit address.
-
-    Returns where the token came from, or "" without one. A token does no harm at a cluster that asks for none.
-    """
-    if os.environ.get("RAY_AUTH_MODE"):
-        return f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}"
-    source = ""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        source = "RAY_AUTH_TOKEN"
-    elif os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        source = os.environ["RAY_AUTH_TOKEN_PATH"]
-    elif TOKEN_FILE.expanduser().is_file():
-        source = str(TOKEN_FILE)
-    if source:
-        os.environ["RAY_AUTH_MODE"] = "token"
-    return source
 
 
 def _connect_error(error: Exception, address: str, token: str) -> StartupError:

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Worker to driver: this request is revoked; `soft` raises SoftTimeLimitExceeded instead (signal USR1)."""
+    """Worker to driver: this request is no longer wanted; a running body is interrupted."""
 
     serial: int
 
@@ -54,6 +54,12 @@ class Accepted(NamedTuple):
 
     serial: int
     at: float
+
+
+class Returned(NamedTuple):
+    """Driver to worker: an accepted task waits again, because its actor was lost; it has not started after all."""
+
+    serial: int
 
 
 class Done(NamedTuple):

@@ -48,7 +48,8 @@ def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]
 
     Args:
         tasks: Celery task instances, as in ``app.tasks.values()``.
-        patterns: glob patterns on task names, from `BRIDGE_GPU_TASKS`. Celery's own tasks never match a pattern.
+        patterns: glob patterns on task names, from `BRIDGE_GPU_TASKS`. Celery's own tasks never match a pattern, and a
+            task that says ``gpu=False`` stays a CPU task.
 
     Raises:
         ConfigurationInvalid: a ``gpu=`` that is neither True, False nor a `Gpu`.
@@ -58,12 +59,12 @@ def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]
     for task in tasks:
         gpu = getattr(task, "gpu", None)
         configured = False
-        if not gpu and not task.name.startswith("celery."):
+        if gpu is None and not task.name.startswith("celery."):
             configured = any(fnmatchcase(task.name, pattern) for pattern in patterns)
+        if gpu is False or (gpu is None and not configured):
+            continue
         if gpu is True or configured:
             gpu = Gpu()
-        if not gpu:
-            continue
         if not isinstance(gpu, Gpu):
             raise ConfigurationInvalid(
                 f"task {task.name}: gpu={gpu!r} means nothing; write gpu=True or gpu=Gpu(...) (from bridge import Gpu)"

@@ -23,7 +23,7 @@ def resolve(task: Any, outcome: Outcome) -> Any:
         Exception: the body's own exception, with the remote traceback as its cause.
     """
     _log(outcome.logs)
-    last = _grant(task, outcome.wishes)
+    last = grant(task, outcome.wishes)
     if not isinstance(outcome, Failed):
         return pickle.loads(outcome.value)
     if outcome.kind is FailureKind.RETRY and isinstance(last, BaseException):
@@ -33,7 +33,7 @@ def resolve(task: Any, outcome: Outcome) -> Any:
     raise error
 
 
-def _grant(task: Any, wishes: bytes) -> Any:
+def grant(task: Any, wishes: bytes) -> Any:
     """Do what the body asked of Celery, in order; returns what the last one returned."""
     granted: Any = None
     for wish in pickle.loads(wishes) if wishes else []:

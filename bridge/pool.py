@@ -1,4 +1,4 @@
-"""`HybridPool`: Celery's prefork for CPU tasks, the driver for GPU tasks. What `worker_pool = "bridge.pool:HybridPool"` names.
+"""`HybridPool`: Celery's prefork for CPU tasks, the driver for GPU tasks; the setting `worker_pool` names it.
 
 Everything not about GPU tasks is Celery's own code, untouched. Never imports ray or cupy.
 """
@@ -39,6 +39,8 @@ class HybridPool(TaskPool):
         hostname = (self.options.get("initargs") or (None, "celery"))[1]
         self.gpu = DriverSupervisor(self.app, hostname, self.settings)
         self._hub: Any = None
+        self._cpu_flush: Any = None
+        self.flush: Any = None
 
     # ---- start and stop
 
@@ -51,7 +53,8 @@ class HybridPool(TaskPool):
                     "which GPU tasks need: use Redis or RabbitMQ"
                 )
             super().on_start()
-            self._cpu_flush, self.flush = self.flush, self._flush
+            self._cpu_flush = self.flush  # prefork has put it on the instance
+            self.flush = self._flush
             if self.marks:
                 self.gpu.start()
                 with Progress() as progress:
@@ -78,10 +81,6 @@ class HybridPool(TaskPool):
         else:  # a signal arrived in the middle of a read or write of the link
             self.gpu.kill()
             super().on_stop()
-
-    def on_close(self) -> None:
-        """No new tasks from here on."""
-        super().on_close()
 
     def on_terminate(self) -> None:
         """Cold shutdown: end children and driver at once; actors stay warm."""

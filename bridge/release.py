@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
         module = Path(script).stem
     includes = tuple(sorted({type(app.tasks[name]).__module__ for name in tasks} - {"__main__"}))
     sys_path = tuple(str(Path(entry or ".").resolve()) for entry in sys.path)
-    name = settings.release or _digest(module, script, includes, tasks, sys_path)
+    name = settings.release or _digest(module, script, tasks, sys_path)
     environment = tuple(
         (key, value) for key, value in sorted(os.environ.items()) if key.startswith(("CELERY_", "DJANGO_"))
     )
@@ -61,14 +62,12 @@ def _find(app: Any) -> tuple[str, str]:
     return min(found, key=lambda place: (place[0] != preferred, place[0].count("."), place[0]))
 
 
-def _digest(module: str, script: str, includes: tuple[str, ...], tasks: tuple[str, ...], path: tuple[str, ...]) -> str:
-    """Changes when the app, its task modules, or a module beside them in their packages changes."""
+def _digest(module: str, script: str, tasks: tuple[str, ...], path: tuple[str, ...]) -> str:
+    """Changes when any module changes that the app has imported and that is not an installed package."""
     digest = hashlib.sha256(repr((module, script, tasks, path)).encode())
-    files = {Path(script)} if script else set()
-    for name in {module, *includes}:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file:
-            files |= set(Path(file).parent.glob("*.py")) if Path(file).parent != Path.cwd() else {Path(file)}
-    for file in sorted(files):
-        digest.update(file.read_bytes())
+    installed = [sysconfig.get_path("stdlib"), *{sysconfig.get_path(name) for name in ("purelib", "platlib")}]
+    files = {getattr(each, "__file__", None) for each in list(sys.modules.values())}
+    for file in sorted(Path(name) for name in files if name and name.endswith(".py")):
+        if not any(file.is_relative_to(folder) for folder in installed) and file.is_file():
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

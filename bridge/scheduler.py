@@ -5,8 +5,8 @@ Events go in through `handle`, each with the time it happened; instructions come
 Pacing: a task that finds its actor idle and is alone in hand leaves at once. Otherwise calls are shared: at most
 `calls_outstanding` per actor, and while the waiting work is tiny the next call leaves `call_gap_s` after the last one.
 Nothing is sent behind a call that is long or of unknown length: it would count as started while it waits, and another
-actor may be free first. A call takes tasks in order while their estimated run time stays under `call_budget_s`; a task that has never been seen
-travels alone.
+actor may be free first. A call takes tasks in order while their estimated run time stays under `call_budget_s`; a task
+that has never been seen travels alone.
 """
 
 import heapq

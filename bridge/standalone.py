@@ -1,4 +1,4 @@
-"""``--standalone``: one machine, nothing installed but Python. Starts Redis and a local Ray, takes both down at the end.
+"""``--standalone``: one machine, nothing but Python. Starts Redis and a local Ray, and takes both down at the end.
 
 Redis comes up at the app's own broker URL, so producers need not change; one that answers there already is used.
 Ray gets a private folder and a token of its own. Both die with this process, also when it is killed.

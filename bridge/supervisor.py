@@ -21,7 +21,7 @@ from celery.worker import state as worker_state
 from actors.contract import ActorState
 from bridge import driver, errors
 from bridge.errors import ActorNotReady, GpuOutOfMemory, StartupError
-from bridge.link import Accepted, Cancel, Done, Ended, Flush, Link, Report, Run, Stop, TimedOut, Unreadable
+from bridge.link import Accepted, Cancel, Done, Ended, Flush, Link, Report, Returned, Run, Stop, TimedOut, Unreadable
 from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 BACKOFF_S = (0.1, 30.0)
 #: A driver that lived this long has not failed at start: the next pause is the first again.
 SETTLED_S = 30.0
-#: After the hard limit the driver gets this long to answer before it is ended itself.
+#: A driver that has been silent for this long after a hard limit has passed is ended.
 BACKSTOP_S = 30.0
 #: A driver told to stop gets this long.
 STOP_S = 5.0
@@ -41,7 +41,8 @@ class GpuRequest:
 
     def __init__(self, run: Run, callbacks: dict[str, Any], cancel: Callable[["GpuRequest", int], None]) -> None:
         self.run = run
-        self.accepted = False
+        self.accepted = False  # its call is with an actor
+        self.announced = False  # Celery has been told so, once
         self.on_accepted: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
         self.callbacks = callbacks
@@ -63,7 +64,7 @@ class DriverSupervisor:
         self._serial = 0
         self._starts = 0
         self._failures = 0
-        self._started_at = 0.0
+        self._started_at = self._heard_at = 0.0
         self._process: Any = None
         self._link: Link | None = None
         self._hub: Any = None
@@ -135,10 +136,8 @@ class DriverSupervisor:
         if self._process is None:
             return
         if self._link is not None and not self._busy:
-            try:
-                self._send(Stop())
-            except ConnectionError:
-                pass
+            self._link.send(Stop())
+            self._flush()  # the event loop, which flushes otherwise, has ended
         self._process.join(STOP_S)
         self.kill()
 
@@ -179,9 +178,10 @@ class DriverSupervisor:
         """Outside the event loop: wait for the link or one of `also`; returns which of those can be read."""
         if self._restart_at is not None and time.monotonic() >= self._restart_at and self._requests:
             self.start()
-        readable, _, _ = select.select([*also, *([self._link] if self._link else [])], [], [], timeout_s)
-        if self._link is not None and self._link in readable:
-            readable.remove(self._link)
+        link = [self._link.fileno()] if self._link is not None else []
+        readable, _, _ = select.select([*also, *link], [], [], timeout_s)
+        if link and link[0] in readable:
+            readable.remove(link[0])
             self.on_readable()
         if self._link is not None:
             self._flush()
@@ -256,6 +256,7 @@ class DriverSupervisor:
         if received is None:
             self._on_death()
             return
+        self._heard_at = time.monotonic()
         for message in received:
             self._handle(message)
 
@@ -273,6 +274,9 @@ class DriverSupervisor:
         if isinstance(message, Accepted):
             self._on_accepted(request, message.at)
             return
+        if isinstance(message, Returned):
+            request.accepted = False
+            return
         del self._requests[message.serial]
         callbacks = request.callbacks
         match message:
@@ -288,6 +292,9 @@ class DriverSupervisor:
 
     def _on_accepted(self, request: GpuRequest, at: float) -> None:
         request.accepted = True
+        if request.announced:
+            return
+        request.announced = True
         _call(request.callbacks["accept_callback"], self.pid, at)
         request.on_accepted()
         limit = request.run.hard_limit_s
@@ -295,9 +302,14 @@ class DriverSupervisor:
             self._hub.call_later(limit + BACKSTOP_S, self._enforce, request.run.serial)
 
     def _enforce(self, serial: int) -> None:
-        if serial in self._requests and self._process is not None and self._process.is_alive():
-            logger.error("the GPU driver let a hard time limit pass; it is ended")
+        """The actor enforces limits; this ends a driver that has let one pass and says nothing any more."""
+        if serial not in self._requests or self._process is None or not self._process.is_alive():
+            return
+        if time.monotonic() - self._heard_at > BACKSTOP_S:
+            logger.error("the GPU driver let a hard time limit pass and does not answer; it is ended")
             os.kill(self._process.pid, signal.SIGKILL)
+        else:
+            self._hub.call_later(BACKSTOP_S, self._enforce, serial)
 
     # ---- death
 

@@ -1,7 +1,7 @@
 """Arguments of a message against the task's signature, before any GPU is touched.
 
-The signature's annotations are pydantic's: models, constrained types, plain types. What does not fit is `PayloadInvalid`
-with field, reason and received type, never the value.
+The signature's annotations are pydantic's: models, constrained types, plain types. What does not fit is
+`PayloadInvalid` with field, reason and received type, never the value.
 """
 
 import functools
@@ -17,6 +17,9 @@ from bridge.errors import PayloadInvalid
 
 #: Problems one error lists, at most: a wrong list of a million numbers must not make a million lines.
 MAX_PROBLEMS = 10
+
+#: Characters of one part of a field's path: it may be a key the sender made up.
+MAX_FIELD = 100
 
 Check = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -69,7 +72,7 @@ def _adapter(body: Callable[..., Any]) -> TypeAdapter[Any]:
         parameters=parameters, return_annotation=Any
     )
     capture.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return TypeAdapter(capture)
+    return TypeAdapter(typing.cast(Any, capture))
 
 
 def _hints(body: Callable[..., Any]) -> dict[str, Any]:
@@ -96,20 +99,27 @@ def _has_own_config(hint: Any) -> bool:
     return isinstance(hint, type) and (hasattr(hint, "model_config") or hasattr(hint, "__pydantic_config__"))
 
 
+def _reason(error: Any) -> str:
+    """What is wrong, without the value; pydantic quotes the tag of a union."""
+    if error["type"] == "union_tag_invalid":
+        return f"Input tag does not match any of the expected tags: {error['ctx']['expected_tags']}"
+    return str(error["msg"])
+
+
 def _field(location: tuple[int | str, ...], positional: list[str]) -> str:
     """A dotted path; pydantic names positional arguments by number, people by name."""
     first, *rest = location or ("(payload)",)
     if isinstance(first, int):
         first = positional[first] if first < len(positional) else f"argument {first + 1}"
-    return ".".join(str(part) for part in (first, *rest))
+    return ".".join(str(part)[:MAX_FIELD] for part in (first, *rest))
 
 
 def _problems(error: ValidationError, positional: list[str]) -> list[dict[str, str]]:
-    found = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False)
     problems = [
         {
             "field": _field(each["loc"], positional),
-            "reason": each["msg"],
+            "reason": _reason(each),
             "received": type(each["input"]).__name__ if not each["type"].startswith("missing") else "nothing",
         }
         for each in found[:MAX_PROBLEMS]

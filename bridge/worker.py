@@ -52,7 +52,8 @@ def parse(arguments: list[str]) -> CommandLine:
     """
     from bridge.errors import ConfigurationInvalid
 
-    standalone, found, rest = False, {}, []
+    standalone, rest = False, list[str]()
+    found: dict[str, str | None] = {}
     left = list(arguments)
     if left[:1] == ["worker"]:
         left.pop(0)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_actor_killed(worker, send, gpu_stats, tmp_path):
     actor = gpu_stats()["actors"][0]["pid"]
     executor = int(lines(log)[0].split()[1])
     os.kill(actor, signal.SIGKILL)
-    wait_for(lambda: not os.path.exists(f"/proc/{executor}"), "the executor to die with its actor")
+    wait_for(lambda: not Path(f"/proc/{executor}").exists(), "the executor to die with its actor")
     assert running.get(**GET) == 2
     assert [result.get(**GET) for result in waiting] == [str(n) for n in range(5)]
     assert [line.split()[0] for line in lines(log)] == ["start", "start", "end"]

@@ -1,8 +1,8 @@
 """SIGTERM drains, Ctrl-C twice stops, actors stay warm for the next worker; the same from plain `celery worker`."""
 
-import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,13 +60,13 @@ def test_ctrl_c_twice_stops_without_waiting_for_the_body(start, send, tmp_path, 
     send("nap", 50, kwargs={"path": str(log)}) if task == "nap" else send("stuck_in_c", str(log))
     wait_for(lambda: lines(log), "the body to start")
     worker.signal(signal.SIGINT)
-    worker.says("Hitting Ctrl+C again")
+    worker.says("Warm shutdown")
     worker.signal(signal.SIGINT)
     worker.ends(30)
     assert "end" not in lines(log)
     executor = int(lines(log)[0].split()[1])
     if task == "stuck_in_c":
-        wait_for(lambda: not os.path.exists(f"/proc/{executor}"), "the stuck executor to be ended")
+        wait_for(lambda: not Path(f"/proc/{executor}").exists(), "the stuck executor to be ended")
 
 
 def test_sigkill_of_the_worker_loses_nothing(start, send, redis_server, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_a_wrong_redis_password(environment, tmp_path):
 
 
 def test_cuda_demanded_where_there_is_none(environment, tmp_path):
-    if os.path.exists("/dev/nvidia0"):
+    if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
     env = {**environment, "BRIDGE_DEVICE": "cuda", "BRIDGE_RELEASE": "cuda-demanded"}
     code, said, output = run("-A", "tests.apps.shop:app", env=env)

@@ -136,8 +136,12 @@ def test_autoretry(worker, send):
     assert (name, list(arguments)) == ("ShopError", [2, "again"])
 
 
-def test_update_state(worker, send, producer, tmp_path):
-    result = send("progress", str(tmp_path / "go"))
+def test_update_state_is_seen_while_the_body_runs(worker, send, tmp_path):
+    gate = tmp_path / "go"
+    result = send("progress", str(gate))
+    wait_for(lambda: result.state == "PROGRESS", "the custom state, while the body waits")
+    assert result.info == {"done": 1}
+    gate.touch()
     assert result.get(**GET) == "done"
 
 
@@ -190,7 +194,9 @@ def test_the_item_at_fault_in_a_batch_fails_alone(worker, send):
 
 def test_a_chain_goes_cpu_gpu_cpu(worker, producer):
     chain = (
-        producer.signature("shop.double", (1,)) | producer.signature("shop.add", (5,)) | producer.signature("shop.double")
+        producer.signature("shop.double", (1,))
+        | producer.signature("shop.add", (5,))
+        | producer.signature("shop.double")
     )
     assert chain.apply_async().get(**GET) == 14
 

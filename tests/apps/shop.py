@@ -191,8 +191,8 @@ def segfaults(path):
 @app.task(name="shop.stuck_in_c", gpu=True)
 def stuck_in_c(path):
     note(path, f"start {os.getpid()}")
-    libc = ctypes.PyDLL(None)  # keeps the GIL: no signal handler of Python runs
-    libc.sleep(60)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # like a C library that never comes back to Python
+    ctypes.PyDLL(None).sleep(60)
 
 
 @app.task(name="shop.retries", gpu=True, bind=True, max_retries=3)
@@ -219,6 +219,8 @@ def autoretries_everything(number: int) -> int:
 @app.task(name="shop.progress", gpu=True, bind=True)
 def progress(self, path):
     self.update_state(state="PROGRESS", meta={"done": 1})
+    while not Path(path).exists():
+        time.sleep(0.01)
     return "done"
 
 

@@ -1,5 +1,6 @@
 """Real services for the tests: Redis, Ray, and the real worker command, each a process taken down by pid."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,10 +79,8 @@ class Process:
 
     def kill_group(self):
         """SIGKILL to the process and what it started in its session."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.popen.wait(10)
 
 

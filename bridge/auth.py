@@ -1,0 +1,26 @@
+"""Ray's token authentication, turned on before Ray is imported: Ray reads RAY_AUTH_MODE once, at import."""
+
+import os
+from pathlib import Path
+
+#: Where Ray keeps a host's token when neither RAY_AUTH_TOKEN nor RAY_AUTH_TOKEN_PATH says otherwise.
+TOKEN_FILE = Path("~/.ray/auth_token")
+
+
+def use_token() -> str:
+    """Turn token authentication on when a token can be found; Ray does not do it by itself for an explicit address.
+
+    Returns where the token came from, or "" without one. A token does no harm at a cluster that asks for none.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        source = "RAY_AUTH_TOKEN"
+    elif os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        source = os.environ["RAY_AUTH_TOKEN_PATH"]
+    elif TOKEN_FILE.expanduser().is_file():
+        source = str(TOKEN_FILE)
+    else:
+        source = ""
+    if source and not mode:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    return source
