@@ -117,7 +117,6 @@ def test_constraints_hold():
     assert problems(body, 11, SECRET, ["a", "b", "c"]) == [("size", "int"), ("kind", "str"), ("names", "list")]
 
 
-@pytest.mark.xfail(reason="bug 10: pydantic's text shows the tag")
 def test_a_union_by_tag_does_not_show_the_tag():
     def body(shape: Annotated[Circle | Square, Field(discriminator="kind")]):
         return shape
@@ -282,7 +281,6 @@ def test_the_value_is_never_shown(hint):
         problems(body, SECRET)
 
 
-@pytest.mark.xfail(reason="bug 11: not cut")
 def test_text_sent_as_field_name_is_bounded():
     def body(a: int):
         pass

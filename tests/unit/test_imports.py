@@ -1,0 +1,50 @@
+"""What importing costs and exports: producers and the worker load neither ray nor cupy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bridge
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("ray", "cupy", "cupyx", "torch")
+
+
+def loaded_by(statement):
+    code = (
+        f"import sys, json\n{statement}\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["bridge, bridge.pool, bridge.worker, bridge.driver", "celery_app, celery_app.tasks.arrays", "actors.shell"],
+)
+def test_importing_loads_nothing_heavy(module):
+    assert not set(HEAVY) & set(loaded_by(f"import {module}"))
+
+
+def test_importing_the_task_api_loads_no_scientific_library():
+    assert not {"scipy", "PIL", "skimage", *HEAVY} & set(loaded_by("import celery_app"))
+
+
+def test_the_executor_loads_no_ray_before_the_app_does():
+    assert "ray" not in loaded_by("import actors.executor")
+
+
+def test_the_public_names_are_these():
+    assert sorted(bridge.__all__) == ["Gpu", "array_module", "batched", "errors", "resident", "scipy_module"]
+    assert all(getattr(bridge, name) is not None for name in bridge.__all__)
+
+
+def test_nothing_imports_against_the_layers():
+    """celery_app > bridge > actors: what the executor loads knows nothing of the bridge."""
+    assert not {"bridge", "celery_app"} & set(loaded_by("import actors.executor, actors.shell"))
+    assert "celery_app" not in loaded_by("import bridge.pool, bridge.driver")
