@@ -1029,6 +1029,29 @@ def test_a_new_driver_drops_the_work_of_the_one_it_supersedes(folder, new_driver
     assert not Path(never).exists()
 
 
+def test_a_superseded_driver_that_comes_back_gets_nothing_done(folder, new_driver, tmp_path):
+    driver = new_driver().hello(make_config(folder))
+    driver.shell.hello("new", "old", driver.config)
+    never = str(tmp_path / "never")
+    (outcome,) = driver.outcomes(task("hold", never, never), driver_id="old")
+    assert outcome.kind is FailureKind.LOST
+    assert driver.value("echo", 1) == 1
+    assert not Path(never).exists()
+
+
+def test_large_outcomes_nobody_fetches_are_let_go_with_their_driver(folder, new_driver):
+    driver = new_driver().hello(make_config(folder))
+    one = task("big", 200_000)
+    call = Call("large", "old", driver.config.release.id, (one,), 0.0)
+    answers = driver.shell.run(call).answers
+    while isinstance(answers[0], Pending):
+        answers = driver.shell.collect(call, 1.0).answers
+    assert isinstance(answers[0], Large)
+    driver.shell.hello("new", "old", driver.config)
+    with pytest.raises(KeyError):
+        driver.shell.fetch(one.token)
+
+
 def other_release(folder, name, version):
     module = f"bodies_{name}"
     text = APP.replace('VERSION = "one"', f'VERSION = "{version}"').replace('Celery("bodies"', f'Celery("{module}"')

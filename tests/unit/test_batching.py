@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from actors.batching import batch_of, batched, run_batch
+from actors.journal import MAX_TASKS
 
 
 @batched(max_size=4, max_wait_s=0.5)
@@ -78,7 +79,9 @@ def test_wrong_arguments_are_a_type_error_of_the_call():
         scale([1.0], 2.0, 3.0)
 
 
-@pytest.mark.parametrize("options", [{"max_size": 0}, {"max_size": -1}, {"max_wait_s": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"max_size": 0}, {"max_size": -1}, {"max_size": MAX_TASKS + 1}, {"max_wait_s": -0.1}]
+)
 def test_options_out_of_bounds_fail_where_they_are_written(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         batched(**options)
