@@ -16,6 +16,17 @@ FATAL_STATUSES = frozenset(
     {4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999}
 )
 
+#: How CuPy's libraries say that memory is short, by exception class (each library's "allocation failed" status).
+_OUT_OF_MEMORY = {
+    "CUDARuntimeError": (2,),
+    "CUDADriverError": (2,),
+    "CUBLASError": (1, 3),
+    "CUSOLVERError": (2,),
+    "CuSparseError": (2,),
+    "CuFFTError": (2,),
+    "CURANDError": (102,),
+}
+
 _REASONS = {
     2: "out of memory while the context was created: another process holds the GPU's memory",
     3: "CUDA could not initialise: was it touched before a fork?",
@@ -58,8 +69,8 @@ class Device(Protocol):
         """Wait for the work of this thread."""
         ...
 
-    def is_healthy(self) -> bool:
-        """Whether the context still works."""
+    def is_healthy(self, error: BaseException | None = None) -> bool:
+        """Whether the context still works, after `error` came out of a body."""
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -95,7 +106,7 @@ class CpuDevice:
     def synchronize(self) -> None:
         """Nothing runs asynchronously here."""
 
-    def is_healthy(self) -> bool:
+    def is_healthy(self, error: BaseException | None = None) -> bool:
         """A CPU has no context that can break."""
         return True
 
@@ -120,11 +131,12 @@ class CudaDevice:
         self._runtime = self._cupy.cuda.runtime
         try:
             count = self._runtime.getDeviceCount()
+            if count == 0:
+                raise DeviceUnusable(_REASONS[100])
+            self._cupy.cuda.Device(0).use()
+            self._runtime.free(0)  # creates the context here, where what can go wrong has a sentence
         except self._runtime.CUDARuntimeError as error:
             raise DeviceUnusable(_REASONS.get(error.status, str(error))) from error
-        if count == 0:
-            raise DeviceUnusable(_REASONS[100])
-        self._cupy.cuda.Device(0).use()
 
     def describe(self) -> DeviceInfo:
         """GPU model, its memory, and the versions that matter in a bug report."""
@@ -155,8 +167,10 @@ class CudaDevice:
         """Wait for all work of this thread's stream; CUDA's late errors surface here."""
         self._cupy.cuda.get_current_stream().synchronize()
 
-    def is_healthy(self) -> bool:
+    def is_healthy(self, error: BaseException | None = None) -> bool:
         """Probe the context without raising: a broken one stays broken until the process ends."""
+        if type(error).__name__ in ("CUDARuntimeError", "CUDADriverError") and _status(error) in FATAL_STATUSES:
+            return False
         pointer = self._cupy.cuda.get_current_stream().ptr
         if self._runtime.streamQuery(pointer) not in (0, 600):  # 600: work is still running
             return False
@@ -170,9 +184,7 @@ class CudaDevice:
         """Whether an exception means too little memory; libraries say it in classes of their own."""
         if isinstance(error, MemoryError):
             return True
-        status = getattr(error, "status", None)
-        name = type(error).__name__
-        return (name == "CUBLASError" and status in (1, 3)) or (name == "CuFFTError" and status == 2)
+        return _status(error) in _OUT_OF_MEMORY.get(type(error).__name__, ())
 
     def free(self) -> None:
         """Give unused pool memory back to the device; the caller has dropped its references."""
@@ -223,6 +235,10 @@ def scipy_module(name: str) -> Any:
 def is_device_array(value: Any) -> bool:
     """Whether a value is a CuPy array or scalar, told without importing CuPy."""
     return type(value).__module__.partition(".")[0] == "cupy"
+
+
+def _status(error: BaseException | None) -> int | None:
+    return getattr(error, "status", None)
 
 
 def _version(number: int) -> str:

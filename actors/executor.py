@@ -208,7 +208,7 @@ class Executor:
             celery_state._task_stack.pop()
             loaded.task.request_stack.pop()
         run_s = (time.monotonic_ns() - started) / 1e9
-        if error is not None and not self._device.is_healthy():
+        if error is not None and not self._device.is_healthy(error):
             self._end_broken(error)
         self._journal.end()
         return _Result(value, error, error is not None and self._device.is_out_of_memory(error), run_s)

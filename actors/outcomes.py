@@ -24,13 +24,14 @@ TEXT_LIMIT = 16_384
 
 def plain(value: Any, keep_models: bool) -> Any:
     """Replace arrays, array scalars and (unless `keep_models`) pydantic models inside `value` by plain values."""
-    kind = type(value)
-    if kind in (str, int, float, bool, bytes) or value is None:
+    if type(value) in (str, int, float, bool, bytes) or value is None:
         return value
-    if kind in (list, tuple):
-        return kind([plain(item, keep_models) for item in value])
-    if kind is dict:
+    if isinstance(value, dict):
         return {plain(key, keep_models): plain(item, keep_models) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain(item, keep_models) for item in value)
+    if isinstance(value, list | set | frozenset):
+        return type(value)([plain(item, keep_models) for item in value])
     if is_device_array(value):
         value = value.get()
     if isinstance(value, numpy.ndarray | numpy.generic):

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from celery.exceptions import Ignore, MaxRetriesExceededError, Retry
+from celery.exceptions import Ignore, Retry
 
 
 class Wish(NamedTuple):
@@ -57,11 +57,11 @@ class Wishes:
     def _retry(
         self, task: Any, args: Any = None, kwargs: Any = None, exc: Any = None, throw: bool = True, **options: Any
     ) -> Any:
-        limit = options.get("max_retries", task.max_retries)
+        limit = task.max_retries if options.get("max_retries") is None else options["max_retries"]
         if limit is not None and task.request.retries >= limit:  # Celery's own rule, so that the body sees its outcome
             if exc is not None:
                 raise exc
-            raise MaxRetriesExceededError(
+            raise task.MaxRetriesExceededError(
                 f"Can't retry {task.name}[{task.request.id}] args:{task.request.args} kwargs:{task.request.kwargs}"
             )
         self._record("retry", (args, kwargs), {"exc": exc, "throw": False, **options})

@@ -6,6 +6,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,19 @@ def _find(app: Any) -> tuple[str, str]:
             f"the Celery app {app.main or app!r} is not an attribute of any module, so GPU nodes cannot import it; "
             "assign it at module level, as in `app = Celery(...)`"
         )
-    preferred = os.environ.get("CELERY_APP", "").partition(":")[0]
-    return min(found, key=lambda place: (place[0] != preferred, place[0].count("."), place[0]))
+    wanted = os.environ.get("CELERY_APP") or _named_on_the_command_line()
+    users = {type(task).__module__ for task in app.tasks.values()}  # they have imported it from somewhere, mostly
+    return min(found, key=lambda place: (place[0] != wanted.partition(":")[0], place[0] in users, place))
+
+
+def _named_on_the_command_line() -> str:
+    """What `celery -A` was given, when this worker was started without `bridge.worker`."""
+    for option, value in pairwise([*sys.argv, ""]):
+        if option in ("-A", "--app"):
+            return value
+        if option.startswith(("-A", "--app=")):
+            return option.removeprefix("--app=").removeprefix("-A")
+    return ""
 
 
 def _digest(module: str, script: str, tasks: tuple[str, ...], path: tuple[str, ...]) -> str:

@@ -108,13 +108,13 @@ class RedisServer(Process):
 class RayCluster(Process):
     """`ray start --head` as a user would, with logical GPUs."""
 
-    def __init__(self, folder, gpus=1, env=None):
+    def __init__(self, folder, gpus=1, env=None, launcher=None):
         # Ray puts sockets into its folder: the path must be short
         self.folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={self.port}",
+            *(launcher or [sys.executable, "-m", "ray.scripts.scripts"]), "start", "--head", "--block", f"--port={self.port}",
             "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4", "--include-dashboard=false",
             "--include-log-monitor=false", "--object-store-memory=100000000", f"--temp-dir={self.folder}",
         ]  # fmt: skip

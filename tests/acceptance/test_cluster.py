@@ -1,0 +1,99 @@
+"""Bring-up: plain producers, several workers, tokens, foreign versions, clusters without GPUs."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.acceptance.test_startup import run, the_line
+from tests.support.services import ROOT, RayCluster, Worker
+
+GET = {"timeout": 60}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    started = []
+
+    def start(**options):
+        started.append(RayCluster(tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+        shutil.rmtree(each.folder, ignore_errors=True)
+
+
+def home_with_token(tmp_path, token):
+    folder = tmp_path / "home" / ".ray"
+    folder.mkdir(parents=True)
+    (folder / "auth_token").touch(mode=0o600)
+    (folder / "auth_token").write_text(token)
+    return str(folder.parent)
+
+
+def test_a_producer_in_another_process_that_imports_nothing_of_the_bridge(worker, environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.producers.plain"], capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"sums": [2 * n for n in range(20)], "chained": 14, "loaded": []}
+
+
+def test_two_workers_share_one_set_of_actors(worker, environment, producer, send, tmp_path):
+    second = Worker(tmp_path, "-c", "1", "-n", "second@%h", env=environment)
+    names = [f"shop@{socket.gethostname()}", f"second@{socket.gethostname()}"]
+    stats = producer.control.inspect(destination=names, timeout=20).stats()
+    actors = [stats[name]["pool"]["gpu"]["actors"] for name in names]
+    assert [len(each) for each in actors] == [1, 1]
+    assert actors[0][0]["executor_pid"] == actors[1][0]["executor_pid"]
+    assert stats[names[0]]["pool"]["gpu"]["driver"] != stats[names[1]]["pool"]["gpu"]["driver"]
+    assert [result.get(**GET) for result in [send("add", n, 0) for n in range(40)]] == list(range(40))
+    assert second.stop() == 0
+
+
+def test_a_cluster_with_a_token_lets_in_who_has_it_and_tells_others(cluster, environment, tmp_path):
+    secret = "0123456789abcdef" * 4
+    ray = cluster(env={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret})
+    base = {**environment, "BRIDGE_RAY_ADDRESS": ray.address}
+    found = Worker(tmp_path, "-c", "1", "-Q", "none", env={**base, "HOME": home_with_token(tmp_path, secret)})
+    assert "ready on" in found.output
+    assert found.stop() == 0
+    code, said, output = run("-A", "tests.apps.shop:app", env=base)
+    assert code == 69 and "no token was found" in the_line(said, output)
+    code, said, output = run("-A", "tests.apps.shop:app", env={**base, "RAY_AUTH_TOKEN": "f" * 64})
+    assert code == 69 and "RAY_AUTH_TOKEN was refused" in the_line(said, output)
+    assert secret not in output and "f" * 64 not in output
+
+
+def test_a_cluster_of_another_ray_version(cluster, environment, monkeypatch):
+    disguise = "import ray; ray.__version__ = '2.59.0'; from ray.scripts.scripts import main; main()"
+    ray = cluster(launcher=[sys.executable, "-c", disguise])
+    code, said, output = run("-A", "tests.apps.shop:app", env={**environment, "BRIDGE_RAY_ADDRESS": ray.address})
+    line = the_line(said, output)
+    assert code == 70 and "Ray 2.59.0" in line and "Ray 2.60" in line
+
+
+def test_a_cluster_without_gpus(cluster, environment):
+    ray = cluster(gpus=0)
+    code, said, output = run("-A", "tests.apps.shop:app", env={**environment, "BRIDGE_RAY_ADDRESS": ray.address})
+    assert code == 71 and "--num-gpus=1" in the_line(said, output)
+
+
+def test_an_app_that_gpu_nodes_cannot_import(environment, tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "import sys\n"
+        "if 'actors.executor' in ' '.join(sys.orig_argv): raise ImportError('no such library on this node')\n"
+        "from celery import Celery\n"
+        "app = Celery('picky')\n"
+        "@app.task(gpu=True)\n"
+        "def task(): pass\n"
+    )
+    code, said, output = run("-A", "picky", "-Q", "none", env={**environment, "PYTHONPATH": str(tmp_path)})
+    assert code == 72 and "no such library on this node" in the_line(said, output)
