@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from typing import Any
 
 from actors.contract import (
@@ -24,6 +26,12 @@ from actors.contract import (
     Succeeded,
 )
 from actors.journal import Journal, Running
+
+#: An executor that waits for a call takes it at once; one that does not within this many seconds is broken.
+SEND_S = 30.0
+
+_HEAD = struct.Struct("!i")  # how multiprocessing's Connection, at the other end, frames messages below 2 GiB
+_CHUNK_BYTES = 1 << 20
 
 
 class Child:
@@ -51,32 +59,63 @@ class Child:
         finally:
             theirs.close()
         self.exit_fd = os.pidfd_open(self.process.pid)  # readable once it has ended, whoever else holds its pipe
-        self.pipe = Connection(ours.detach())
-        self.pipe.send_bytes(pickle.dumps(config, 5))
+        ours.settimeout(SEND_S)
+        self.socket = ours
+        self._buffer = bytearray()
+        self._send(config)
 
     def send(self, call: Call) -> None:
         """Start a call; only when the last one is done."""
         self.journal.start_call()
         self._offset = 0
-        self.pipe.send_bytes(pickle.dumps(call, 5))
+        self._send(call)
 
-    def receive(self) -> Any:
-        """The next message of the executor, an outcome among them.
+    def receive(self) -> list[Any]:
+        """The executor's messages that have arrived whole, outcomes among them; call it when the socket is readable.
+
+        Never waits for the rest of a message: a body may be stopped in the middle of writing one.
 
         Raises:
             EOFError: it is gone.
         """
         try:
-            message = pickle.loads(self.pipe.recv_bytes())
+            data = self.socket.recv(_CHUNK_BYTES)
         except OSError as error:
             raise EOFError from error
+        if not data:
+            raise EOFError
+        self._buffer += data
+        messages = list(self._unpack())
+        for message in messages:
+            self._note(message)
+        return messages
+
+    def has_more(self) -> bool:
+        """Whether `receive` would find something now."""
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+    def _note(self, message: Any) -> None:
         if isinstance(message, Step):
             self.step = message.text
         elif isinstance(message, Ready):
             self.ready = message
         elif isinstance(message, NotStarted):
             self.failed = message
-        return message
+
+    def _unpack(self) -> Iterator[Any]:
+        start = 0
+        while len(self._buffer) - start >= _HEAD.size:
+            (length,) = _HEAD.unpack_from(self._buffer, start)
+            end = start + _HEAD.size + length
+            if len(self._buffer) < end:
+                break
+            yield pickle.loads(memoryview(self._buffer)[start + _HEAD.size : end])
+            start = end
+        self._buffer = self._buffer[start:]
+
+    def _send(self, message: Any) -> None:
+        data = pickle.dumps(message, 5)
+        self.socket.sendall(_HEAD.pack(len(data)) + data)
 
     def new_outcomes(self) -> list[Outcome]:
         """Outcomes the journal has got since the last look."""
@@ -104,7 +143,7 @@ class Child:
         except subprocess.TimeoutExpired:  # the pipe is closed but the process lives: a body closed its descriptors
             self.process.kill()
             code = self.process.wait()
-        self.pipe.close()
+        self.socket.close()
         if code == EXIT_DEVICE_BROKEN:
             return "its CUDA context broke"
         if code >= 0:

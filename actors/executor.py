@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ class Executor:
 
     def __init__(self, pipe: Connection, journal: Journal, config: Config) -> None:
         self._pipe = pipe
+        self._speaking = threading.Lock()  # a body may report progress from threads of its own
         self._journal = journal
         self._config = config
         self._wishes = Wishes(lambda wishes: self._say(Asked(self._token, wishes)))
@@ -244,7 +246,8 @@ class Executor:
         os._exit(EXIT_DEVICE_BROKEN)
 
     def _say(self, message: Any) -> None:
-        self._pipe.send_bytes(pickle.dumps(message, 5))
+        with self._speaking:
+            self._pipe.send_bytes(pickle.dumps(message, 5))
 
 
 class _Result(NamedTuple):

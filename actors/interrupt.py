@@ -83,7 +83,7 @@ class Interrupter:
 
 def _is_shielded(frame: FrameType) -> bool:
     module = str(frame.f_globals.get("__name__", ""))
-    return module.partition(".")[0] in _SHIELDED or module == "actors.residents"
+    return module.partition(".")[0] in _SHIELDED or module in ("actors.residents", "actors.wishes")
 
 
 def _waits(frame: FrameType) -> bool:

@@ -188,14 +188,14 @@ class ActorShell:
                 self._start_call()
                 children = list(self._children.values())
                 timeout = self._next_look()
-            sources = [source for child in children for source in (child.pipe, child.exit_fd)]
+            sources = [source for child in children for source in (child.socket, child.exit_fd)]
             ready = set(wait([self._wake_read, *sources], timeout))
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
             for child in children:
                 if child.exit_fd in ready:
                     self._read_rest(child)
-                elif child.pipe in ready:
+                elif child.socket in ready:
                     self._read(child)
             with self._lock:
                 now = time.monotonic()
@@ -258,27 +258,35 @@ class ActorShell:
 
     def _read(self, child: Child) -> None:
         try:
-            message = child.receive()
-        except EOFError:
+            messages = child.receive()
+        except Exception as error:
+            if not isinstance(error, EOFError):  # what cannot be read cannot be answered: start afresh
+                child.process.kill()
             with self._lock:
                 self._bury(child)
             return
         with self._lock:
-            release = child.release.id
-            if child.ready is not None:
-                self._failures.pop(release, None)
-                self._reasons.pop(release, None)
-            if self._active is not None and self._active[1] is child:
-                if isinstance(message, Asked):
-                    self._active[0].ask(message.token, message.wishes)
-                self._take(self._active[0], child, [message] if is_outcome(message) else [])
-                if isinstance(message, Done):
-                    self._memory = message.memory_used, message.memory_total
-                    self._finish_call(child)
+            for message in messages:
+                self._hear_executor(child, message)
+
+    def _hear_executor(self, child: Child, message: Any) -> None:
+        release = child.release.id
+        if child.ready is not None:
+            self._failures.pop(release, None)
+            self._reasons.pop(release, None)
+        if self._active is None or self._active[1] is not child:
+            return
+        entry = self._active[0]
+        if isinstance(message, Asked):
+            entry.ask(message.token, message.wishes)
+        self._take(entry, child, [message] if is_outcome(message) else [])
+        if isinstance(message, Done):
+            self._memory = message.memory_used, message.memory_total
+            self._finish_call(child)
 
     def _read_rest(self, child: Child) -> None:
         """The process has ended: what it said before still counts."""
-        while self._children.get(child.release.id) is child and child.pipe.poll(0):
+        while self._children.get(child.release.id) is child and child.has_more():
             self._read(child)
         with self._lock:
             if self._children.get(child.release.id) is child:
