@@ -120,6 +120,7 @@ class Driver:
         self.id = uuid.uuid4().hex[:12]
         self._app = app
         self._marks = marks
+        self._highest_first = app.connection_for_read().transport.driver_type == "amqp"  # Redis: 0 goes first
         self._settings: Settings = settings()
         self._link = Link(sock)
         self._first = first
@@ -263,7 +264,7 @@ class Driver:
 
     def _wait(self, task: _Task, alone: bool = False) -> None:
         priority = (task.run.request.get("delivery_info") or {}).get("priority") or 0
-        rank = -priority if self._app.connection_for_read().transport.driver_type == "amqp" else priority
+        rank = -priority if self._highest_first else priority
         self._schedule(TaskWaiting(task.token, task.run.task, rank, alone))
 
     def _again(self, task: _Task, alone: bool) -> None:
