@@ -1,8 +1,8 @@
 """The driver process: Celery's own tracer for every GPU task, in greenlets on one loop; bodies run elsewhere.
 
-Started by the worker as prefork starts its children. A task's tracer starts when its call leaves for an actor; in the
-body's place `forward` checks the arguments, hands them to the call, and gives the loop back until the outcome is there.
-Every Run from the worker gets exactly one answer. Nothing here touches CUDA or runs a body.
+Started by the worker as prefork starts its children. A task waits in the scheduler; when its call leaves for an actor
+its tracer starts (`bridge/tracing.py`), and its outcome resumes it. Every Run from
+the worker gets exactly one answer. Nothing here touches CUDA or runs a body.
 """
 
 import logging
@@ -17,14 +17,11 @@ import uuid
 from collections import deque
 from typing import Any
 
-import greenlet
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated
 from billiard.pool import MaybeEncodingError
-from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 
-from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.contract import (
     ActorState,
     Answer,
@@ -44,7 +41,6 @@ from bridge.auth import use_token
 from bridge.errors import BridgeError, ClusterUnavailable, StartupError, TaskPoisoned
 from bridge.link import Link
 from bridge.marks import Mark, find_marks
-from bridge.outcomes import grant, resolve
 from bridge.release import make_config
 from bridge.scheduler import (
     ActorLost,
@@ -63,54 +59,17 @@ from bridge.scheduler import (
     WakeAt,
 )
 from bridge.settings import Settings, settings
-from bridge.validation import Check, checker
+from bridge.tracing import TracedTask, Tracing, einfo, prepare
 
 logger = logging.getLogger(__name__)
 
 #: Exit codes of the driver: the cluster is gone; it could not start (it has reported why).
 EXIT_CLUSTER_LOST = 75
 EXIT_NOT_STARTED = 76
-#: A stretch between two switches longer than this is logged, in seconds: it stops every other GPU task of the worker.
-SLOW_S = 1.0
 #: The worker hears of the driver at least this often, in seconds; silence means that it is stuck.
 REPORT_S = 5.0
 #: Reruns after losses nobody is to blame for, before the task fails instead of going round for ever.
 MAX_LOSSES = 10
-
-
-class _Task:
-    """One request in the driver."""
-
-    __slots__ = (
-        "accepted",
-        "actor",
-        "attempt",
-        "call",
-        "crashes",
-        "losses",
-        "payload",
-        "run",
-        "since",
-        "token",
-        "tracer",
-    )
-
-    def __init__(self, run: messages.Run) -> None:
-        self.run = run
-        self.attempt = 0
-        self.token = f"{run.serial}.0"
-        self.tracer: _Tracer | None = None
-        self.payload: bytes | None = None  # set while `forward` waits for the outcome
-        self.accepted = False
-        self.crashes = self.losses = 0
-        self.since = time.monotonic()
-
-
-class _Tracer(greenlet.greenlet):
-    """A greenlet that runs Celery's tracer for one task."""
-
-    task: _Task
-    refusal: BridgeError | None = None  # raised in the body's place
 
 
 class Driver:
@@ -124,9 +83,9 @@ class Driver:
         self._settings: Settings = settings()
         self._link = Link(sock)
         self._first = first
-        self._loop = greenlet.getcurrent()
-        self._tasks: dict[int, _Task] = {}  # by serial
-        self._by_token: dict[str, _Task] = {}
+        self._tracing = Tracing(app, self._answer)
+        self._tasks: dict[int, TracedTask] = {}  # by serial
+        self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full
         self._ready: set[int] = set()
         self._unready_since = time.monotonic()
@@ -213,9 +172,7 @@ class Driver:
                 case messages.Stop():
                     self._stopping = True
                 case messages.Unreadable(serial, reason):
-                    self._send(
-                        messages.Ended(serial, _einfo(RuntimeError(f"request could not be unpickled: {reason}")))
-                    )
+                    self._send(messages.Ended(serial, einfo(RuntimeError(f"request could not be unpickled: {reason}"))))
 
     def _handle_inbox(self) -> int | None:
         """Fleet events; an exit code when this process is of no more use."""
@@ -252,22 +209,27 @@ class Driver:
             self._schedule(TaskCancelled(token), drop=False)
             self._refuse(task, ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s"))
 
+    @property
+    def forward(self) -> Any:
+        """What stands in the place of every marked body."""
+        return self._tracing.forward
+
     # ---- tasks in
 
     def _take(self, run: messages.Run) -> None:
-        task = _Task(run)
+        task = TracedTask(run)
         self._tasks[run.serial] = self._by_token[task.token] = task
         if run.task in self._marks:
             self._wait(task)
         else:  # the registry of this process differs from the worker's
-            self._start_tracer(task)
+            self._tracing.start(task)
 
-    def _wait(self, task: _Task, alone: bool = False) -> None:
+    def _wait(self, task: TracedTask, alone: bool = False) -> None:
         priority = (task.run.request.get("delivery_info") or {}).get("priority") or 0
         rank = -priority if self._highest_first else priority
         self._schedule(TaskWaiting(task.token, task.run.task, rank, alone))
 
-    def _again(self, task: _Task, alone: bool) -> None:
+    def _again(self, task: TracedTask, alone: bool) -> None:
         """Let a task wait for another run; a new token, so that nothing late ever touches it."""
         self._by_token.pop(task.token, None)
         task.attempt += 1
@@ -287,7 +249,7 @@ class Driver:
                     self._fleet.cancel(actor, f"{self.id}.{call}", [token])
                 case Drop(token):
                     if drop:
-                        self._end(self._by_token[token], _einfo(Terminated(signal.SIGTERM)))
+                        self._end(self._by_token[token], einfo(Terminated(signal.SIGTERM)))
                 case WakeAt(at):
                     self._wake_at = at
 
@@ -298,7 +260,7 @@ class Driver:
             if not task.accepted:
                 self._accept(task)
             if task.tracer is None:
-                self._start_tracer(task)
+                self._tracing.start(task)
             if task.payload is None:  # it ended before its body: an invalid payload, or a hook that raised
                 self._schedule(TaskFinished(token, None))
             else:
@@ -309,76 +271,24 @@ class Driver:
             self._calls[call.id] = actor, call
             self._fleet.submit(actor, call)
 
-    def _accept(self, task: _Task) -> None:
+    def _accept(self, task: TracedTask) -> None:
         task.accepted = True
         self._send(messages.Accepted(task.run.serial, time.monotonic()))
 
-    # ---- the tracer
-
-    def _start_tracer(self, task: _Task, refusal: BridgeError | None = None) -> None:
-        task.tracer = _Tracer(self._trace, parent=self._loop)
-        task.tracer.task = task
-        task.tracer.refusal = refusal
-        self._switch(task, task)
-
-    def _switch(self, task: _Task, value: Any) -> None:
-        started = time.monotonic()
-        task.tracer.switch(value)  # type: ignore[union-attr]
-        took = time.monotonic() - started
-        if took > SLOW_S:
-            logger.warning(
-                "%s held the driver for %.1f s: its hooks or the result backend are slow", task.run.task, took
-            )
-
-    def _trace(self, task: _Task) -> None:
-        """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
-        run = task.run
-        try:
-            result = fast_trace_task(run.task, run.id, run.request, run.body, run.content_type, run.content_encoding)
-        except greenlet.GreenletExit:
-            return  # ended from outside, and answered there
-        except BaseException as error:
-            self._answer(task, messages.Ended(run.serial, _einfo(error)))
-        else:
-            self._answer(task, messages.Done(run.serial, result))
-
-    def forward(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
-        tracer = greenlet.getcurrent()
-        if not isinstance(tracer, _Tracer) or tracer.task.run.task != name:
-            return original(*args, **kwargs)  # a hook calls another task as a function
-        if tracer.refusal is not None:
-            raise tracer.refusal
-        task = tracer.task
-        request = {key: value for key, value in task.run.request.items() if key not in ("args", "kwargs")}
-        task.payload = pickle.dumps((args, kwargs, request), 5)
-        try:
-            outcome: Outcome | Pending | BridgeError = self._loop.switch()
-            while isinstance(outcome, Pending):
-                for wishes in outcome.wishes:
-                    grant(self._app.tasks[name], wishes)
-                outcome = self._loop.switch()
-        finally:
-            task.payload = None
-        if isinstance(outcome, BridgeError):
-            raise outcome
-        return resolve(self._app.tasks[name], outcome)
-
-    def _refuse(self, task: _Task, error: BridgeError) -> None:
+    def _refuse(self, task: TracedTask, error: BridgeError) -> None:
         """End a task with an error of ours, through its tracer, so that the result is stored as for any other."""
         if task.tracer is None:
             self._accept(task)
-            self._start_tracer(task, refusal=error)
+            self._tracing.start(task, refusal=error)
         else:
-            self._switch(task, error)
+            self._tracing.resume(task, error)
 
-    def _end(self, task: _Task, einfo: ExceptionInfo) -> None:
+    def _end(self, task: TracedTask, einfo: ExceptionInfo) -> None:
         """End a task that the worker has given up: its tracer stores nothing."""
-        if task.tracer is not None:
-            task.tracer.throw(greenlet.GreenletExit)
+        self._tracing.stop(task)
         self._answer(task, messages.Ended(task.run.serial, einfo))
 
-    def _answer(self, task: _Task, message: Any) -> None:
+    def _answer(self, task: TracedTask, message: Any) -> None:
         self._tasks.pop(task.run.serial, None)
         self._by_token.pop(task.token, None)
         self._send(message)
@@ -425,7 +335,7 @@ class Driver:
             elif not isinstance(answer, Pending):
                 self._finish(actor, answer)
             elif answer.wishes and answer.token in self._by_token:
-                self._switch(self._by_token[answer.token], answer)
+                self._tracing.resume(self._by_token[answer.token], answer)
 
     def _fetched(self, token: str, data: bytes | None) -> None:
         for call_id, (actor, call) in self._calls.items():
@@ -447,7 +357,7 @@ class Driver:
         if task is None:
             return
         if isinstance(outcome, Succeeded):
-            self._switch(task, outcome)
+            self._tracing.resume(task, outcome)
             return
         match outcome.kind:
             case FailureKind.CRASHED:
@@ -457,14 +367,14 @@ class Driver:
             case FailureKind.LOST:
                 self._lost(task, actor, outcome)
             case FailureKind.HARD_LIMIT:
-                task.tracer.throw(greenlet.GreenletExit)  # type: ignore[union-attr]
+                self._tracing.stop(task)
                 self._answer(task, messages.TimedOut(task.run.serial, task.run.hard_limit_s or 0.0))
             case FailureKind.CANCELLED:
-                self._end(task, _einfo(Terminated(signal.SIGTERM)))
+                self._end(task, einfo(Terminated(signal.SIGTERM)))
             case _:
-                self._switch(task, outcome)
+                self._tracing.resume(task, outcome)
 
-    def _crashed(self, task: _Task, outcome: Failed) -> None:
+    def _crashed(self, task: TracedTask, outcome: Failed) -> None:
         task.crashes += 1
         limit = self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
         logger.error(
@@ -472,16 +382,16 @@ class Driver:
             task.run.task, task.run.id, outcome.message, task.crashes, limit,
         )  # fmt: skip
         if task.crashes >= limit:
-            self._switch(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
+            self._tracing.resume(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
         else:
             self._again(task, alone=True)
 
-    def _lost(self, task: _Task, actor: int, outcome: Failed) -> None:
+    def _lost(self, task: TracedTask, actor: int, outcome: Failed) -> None:
         task.losses += 1
         if actor in self._ready:
             self._lose_actor(actor, outcome.message)
         if task.losses > MAX_LOSSES:
-            self._switch(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
+            self._tracing.resume(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
         else:
             self._again(task, alone=False)
 
@@ -526,41 +436,7 @@ class Driver:
             self._link.send(message)
         except Exception as error:  # a result that cannot be pickled: say so, as billiard does
             wrapped = MaybeEncodingError(error, getattr(message, "result", None))
-            self._link.send(messages.Ended(message.serial, _einfo(wrapped)))
-
-
-def _einfo(error: BaseException) -> ExceptionInfo:
-    try:
-        raise error
-    except BaseException:
-        return ExceptionInfo()
-
-
-def prepare(app: Any, marks: dict[str, Mark], forward: Any, validate_configured: bool) -> None:
-    """Put `forward` in the place of every marked body; to be done before the first tracer is built."""
-    for name, mark in marks.items():
-        task = app.tasks[name]
-        body = innermost(task)
-        check = None if is_pydantic(task) or (mark.configured and not validate_configured) else checker(name, body)
-
-        def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
-            return forward(_name, _body, *args, **kwargs)
-
-        replace_innermost(task, stand_in)
-        if check is not None:
-            task.run = _checked(check, task.run)
-        if has_custom_call(task):
-            without_custom_call(task)  # it runs in the executor, around the body
-
-
-def _checked(check: Check, run: Any) -> Any:
-    """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = check(args, kwargs)
-        return run(*args, **kwargs)
-
-    return checked
+            self._link.send(messages.Ended(message.serial, einfo(wrapped)))
 
 
 def main(app: Any, hostname: str, sock: socket.socket, name: str, supersedes: str, first: bool) -> None:

@@ -1,0 +1,154 @@
+"""In the driver: Celery's own tracer for each task, in a greenlet, with `forward` in the body's place.
+
+The tracer is synchronous; when it comes to the body, `forward` gives the loop back until the outcome is there. That is
+the only place where a task's greenlet switches, so no two tasks ever interleave inside Celery's or the user's code.
+"""
+
+import logging
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any
+
+import greenlet
+from billiard.einfo import ExceptionInfo
+from celery.app.trace import fast_trace_task
+
+from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
+from actors.contract import Outcome, Pending
+from bridge.errors import BridgeError
+from bridge.link import Done, Ended, Run
+from bridge.marks import Mark
+from bridge.outcomes import grant, resolve
+from bridge.validation import Check, checker
+
+logger = logging.getLogger(__name__)
+
+#: A stretch between two switches longer than this is logged, in seconds: it stops every other GPU task of the worker.
+SLOW_S = 1.0
+
+
+class TracedTask:
+    """One request in the driver."""
+
+    __slots__ = ("accepted", "attempt", "crashes", "losses", "payload", "run", "token", "tracer")
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.attempt = 0
+        self.token = f"{run.serial}.0"
+        self.tracer: _Tracer | None = None
+        self.payload: bytes | None = None  # set while `forward` waits for the outcome
+        self.accepted = False
+        self.crashes = self.losses = 0
+
+
+class _Tracer(greenlet.greenlet):
+    """A greenlet that runs Celery's tracer for one task."""
+
+    task: TracedTask
+    refusal: BridgeError | None = None  # raised in the body's place
+
+
+class Tracing:
+    """Starts, resumes and ends tracers; made on the loop's greenlet.
+
+    Args:
+        app: the Celery app.
+        answer: called with a task and its `Done` or `Ended` when its tracer has returned.
+    """
+
+    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None]) -> None:
+        self._app = app
+        self._answer = answer
+        self._loop = greenlet.getcurrent()
+
+    def start(self, task: TracedTask, refusal: BridgeError | None = None) -> None:
+        """Run the tracer until the body wants its outcome, or to its end; `refusal` is raised in the body's place."""
+        task.tracer = _Tracer(self._trace, parent=self._loop)
+        task.tracer.task = task
+        task.tracer.refusal = refusal
+        self.resume(task, task)
+
+    def resume(self, task: TracedTask, value: "Outcome | Pending | BridgeError | TracedTask") -> None:
+        """Give a waiting tracer the outcome, progress, or an error of ours."""
+        started = time.monotonic()
+        task.tracer.switch(value)  # type: ignore[union-attr]
+        took = time.monotonic() - started
+        if took > SLOW_S:
+            name = task.run.task
+            logger.warning("%s held the driver for %.1f s: its hooks or the result backend are slow", name, took)
+
+    def stop(self, task: TracedTask) -> None:
+        """End a tracer from outside: it stores nothing and answers nothing."""
+        if task.tracer is not None:
+            task.tracer.throw(greenlet.GreenletExit)
+
+    def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
+        tracer = greenlet.getcurrent()
+        if not isinstance(tracer, _Tracer) or tracer.task.run.task != name:
+            return original(*args, **kwargs)  # a hook calls another task as a function
+        if tracer.refusal is not None:
+            raise tracer.refusal
+        task = tracer.task
+        request = {key: value for key, value in task.run.request.items() if key not in ("args", "kwargs")}
+        task.payload = pickle.dumps((args, kwargs, request), 5)
+        try:
+            outcome: Outcome | Pending | BridgeError = self._loop.switch()
+            while isinstance(outcome, Pending):
+                for wishes in outcome.wishes:
+                    grant(self._app.tasks[name], wishes)
+                outcome = self._loop.switch()
+        finally:
+            task.payload = None
+        if isinstance(outcome, BridgeError):
+            raise outcome
+        return resolve(self._app.tasks[name], outcome)
+
+    def _trace(self, task: TracedTask) -> None:
+        """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
+        run = task.run
+        try:
+            result = fast_trace_task(run.task, run.id, run.request, run.body, run.content_type, run.content_encoding)
+        except greenlet.GreenletExit:
+            return  # ended from outside, and answered there
+        except BaseException as error:
+            self._answer(task, Ended(run.serial, einfo(error)))
+        else:
+            self._answer(task, Done(run.serial, result))
+
+
+def einfo(error: BaseException) -> ExceptionInfo:
+    """What Celery's error callback takes."""
+    try:
+        raise error
+    except BaseException:
+        return ExceptionInfo()
+
+
+def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], validate_configured: bool) -> None:
+    """Put `forward` in the place of every marked body; to be done before the first tracer is built."""
+    for name, mark in marks.items():
+        task = app.tasks[name]
+        body = innermost(task)
+        check = None if is_pydantic(task) or (mark.configured and not validate_configured) else checker(name, body)
+
+        def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
+            return forward(_name, _body, *args, **kwargs)
+
+        replace_innermost(task, stand_in)
+        if check is not None:
+            task.run = _checked(check, task.run)
+        if has_custom_call(task):
+            without_custom_call(task)  # it runs in the executor, around the body
+
+
+def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = check(args, kwargs)
+        return run(*args, **kwargs)
+
+    return checked
