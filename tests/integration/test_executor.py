@@ -589,7 +589,6 @@ def test_progress_is_told_while_the_body_runs(driver, gate):
     assert value(sent.outcomes()[0]) == "done"
 
 
-@pytest.mark.xfail(reason="bug 18: writes to the pipe are not shielded")
 def test_a_limit_that_comes_while_progress_is_told_spoils_nothing(folder, new_driver):
     """The words go through the executor's pipe: half a message there would be the end of it."""
     driver = new_driver().hello(make_config(folder))

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bridge.link import _HEAD, Accepted, Cancel, Done, Link, Report, Run, Unreadable
+from bridge.link import _CHUNK_BYTES, _HEAD, Accepted, Cancel, Done, Link, Report, Run, Unreadable
 
 
 @pytest.fixture
@@ -179,6 +179,30 @@ def test_the_end_is_said_after_everything_that_was_sent(ends):
     for _ in range(2):
         with pytest.raises(EOFError):
             worker.receive()
+
+
+def test_the_end_right_behind_a_full_chunk_is_said_after_its_messages():
+    class Socket:
+        """Hands out what it is told, like a socket whose other side has closed."""
+
+        def __init__(self, *chunks):
+            self.chunks = [*chunks]
+
+        def setblocking(self, flag):
+            pass
+
+        def recv(self, limit):
+            return self.chunks.pop(0) if self.chunks else b""
+
+    message = Done(1, "x" * (_CHUNK_BYTES - 200))
+    padding = _CHUNK_BYTES - _HEAD.size - len(pickle.dumps(message, 5))
+    message = Done(1, message.result + "x" * padding)
+    data = pickle.dumps(message, 5)
+    link = Link(Socket(_HEAD.pack(len(data), 1) + data))
+    assert len(data) + _HEAD.size == _CHUNK_BYTES
+    assert link.receive() == [message]
+    with pytest.raises(EOFError):
+        link.receive()
 
 
 def test_half_a_message_before_the_end_is_not_delivered(ends):

@@ -152,7 +152,7 @@ def test_no_app_is_said():
     [
         (None, "myshop.celery", "run this in the folder that holds it"),
         ("import myshop_needs_this\n", "myshop", "no module named 'myshop_needs_this'; install it"),
-        pytest.param("x = 1\n", "myshop:other", "module:attribute", marks=pytest.mark.xfail(reason="bug 13")),
+        ("x = 1\n", "myshop:other", "module 'myshop' has no Celery app named 'other'"),
         ("raise ValueError('bad\\nconfiguration')\n", "myshop", "bad configuration (myshop.py:1)"),
         ("def broken(:\n", "myshop", "SyntaxError"),
     ],
