@@ -140,7 +140,9 @@ def _load_app(line: CommandLine) -> Any:
     except ModuleNotFoundError as error:
         if ":" in str(error.name):  # Celery looks for a module of that name when the attribute is missing
             module, _, attribute = name.partition(":")
-            raise AppNotImportable(f"module {module!r} has no Celery app named {attribute!r}") from error
+            raise AppNotImportable(
+                f"module {module!r} has no Celery app named {attribute!r}; name it as module:attribute"
+            ) from error
         hint = "run this in the folder that holds it, or give --workdir" if str(error.name) in name else "install it"
         raise AppNotImportable(f"cannot import the app {name!r}: no module named {error.name!r}; {hint}") from error
     except AttributeError as error:

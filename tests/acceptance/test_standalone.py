@@ -34,9 +34,8 @@ def all_gone(processes):
 def test_the_seeds_unchanged_producer_and_a_clean_end(tmp_path, number):
     worker, env = standalone(tmp_path)
     assert "starting Redis" in worker.output and "starting a local Ray" in worker.output
-    sent = subprocess.run(
-        [sys.executable, "producer.py"], cwd=ROUTED, env={**os.environ, **env}, capture_output=True, text=True, timeout=60
-    )
+    producer = [sys.executable, "producer.py"]
+    sent = subprocess.run(producer, cwd=ROUTED, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
     assert sent.returncode == 0, sent.stderr
     assert "14.0" in sent.stdout
     processes = family(worker)

@@ -114,9 +114,10 @@ class RayCluster(Process):
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         command = [
-            *(launcher or [sys.executable, "-m", "ray.scripts.scripts"]), "start", "--head", "--block", f"--port={self.port}",
-            "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4", "--include-dashboard=false",
-            "--include-log-monitor=false", "--object-store-memory=100000000", f"--temp-dir={self.folder}",
+            *(launcher or [sys.executable, "-m", "ray.scripts.scripts"]), "start", "--head", "--block",
+            f"--port={self.port}", "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4",
+            "--include-dashboard=false", "--include-log-monitor=false", "--object-store-memory=100000000",
+            f"--temp-dir={self.folder}",
         ]  # fmt: skip
         env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", **(env or {})}
         super().__init__(command, Path(folder) / "ray.log", env=env)
