@@ -20,6 +20,9 @@ class HybridConsumer:
     qos: Any
     qos_global: bool | None
     connection: Any
+    app: Any
+    controller: Any
+    task_consumer: Any
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
         self._on_cpu_request = on_task_request
@@ -65,6 +68,20 @@ class HybridConsumer:
         qos = self._held.pop(request, None)
         if qos is not None and qos is self.qos:  # each connection has its own
             qos.decrement_eventually()
+
+    def on_ready(self) -> None:
+        """Consuming starts; with ``--disable-prefetch`` a message is taken while both kinds have room."""
+        super().on_ready()  # type: ignore[misc]
+        if self.app.conf.worker_disable_prefetch and self.connection.transport.driver_type == "redis":
+            qos = self.task_consumer.channel.qos
+            qos.can_consume = lambda: self._has_room() and bool(type(qos).can_consume(qos))
+
+    def _has_room(self) -> bool:
+        reserved = tuple(reserved_requests)
+        gpu = sum(1 for request in reserved if request.name in self.pool.marks)
+        children: int = getattr(self.controller, "max_concurrency", None) or self.pool.num_processes
+        has_room: bool = gpu < self.pool.gpu_slots and len(reserved) - gpu < children
+        return has_room
 
     def on_close(self) -> None:
         """The connection is gone: what has not started will be delivered again."""

@@ -27,6 +27,7 @@ from actors.contract import (
     Answer,
     Busy,
     Call,
+    Config,
     Failed,
     FailureKind,
     Large,
@@ -41,7 +42,6 @@ from bridge.auth import use_token
 from bridge.errors import BridgeError, ClusterUnavailable, StartupError, TaskPoisoned
 from bridge.link import Link
 from bridge.marks import Mark, find_marks
-from bridge.release import make_config
 from bridge.scheduler import (
     ActorLost,
     ActorReady,
@@ -75,7 +75,9 @@ MAX_LOSSES = 10
 class Driver:
     """The loop; one instance per driver process."""
 
-    def __init__(self, app: Any, sock: socket.socket, marks: dict[str, Mark], supersedes: str, first: bool) -> None:
+    def __init__(
+        self, app: Any, sock: socket.socket, marks: dict[str, Mark], config: Config, supersedes: str, first: bool
+    ) -> None:
         self.id = uuid.uuid4().hex[:12]
         self._app = app
         self._marks = marks
@@ -104,7 +106,7 @@ class Driver:
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
         namespace = s.namespace or f"bridge-{app.main or 'app'}"
-        self._config = make_config(app, marks, s)
+        self._config = config
         self._fleet = Fleet(s, namespace, self.id, supersedes, self._config)
 
     # ---- the loop
@@ -439,7 +441,7 @@ class Driver:
             self._link.send(messages.Ended(message.serial, einfo(wrapped)))
 
 
-def main(app: Any, hostname: str, sock: socket.socket, name: str, supersedes: str, first: bool) -> None:
+def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config, supersedes: str, first: bool) -> None:
     """Entry of the driver process, as of a prefork child."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # Ray needs real ones; the worker's are log proxies
     os.environ["CELERY_LOG_REDIRECT"] = ""
@@ -450,11 +452,12 @@ def main(app: Any, hostname: str, sock: socket.socket, name: str, supersedes: st
     from billiard.process import current_process
 
     current_process().name = name
+    app.loader.init_worker()  # where children are spawned, not forked, nothing has imported the tasks yet
     driver: list[Driver] = []
     marks = find_marks(app.tasks.values(), settings().gpu_tasks)
     prepare(app, marks, lambda *args, **kwargs: driver[0].forward(*args, **kwargs), settings().validate_configured)
     process_initializer(app, hostname)
-    driver.append(Driver(app, sock, marks, supersedes, first))
+    driver.append(Driver(app, sock, marks, config, supersedes, first))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a driver ends
     code = driver[0].run()

@@ -8,11 +8,15 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from celery import signals
+from celery.utils.log import get_logger
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from actors.batching import Batch, batch_of
 from actors.bodies import innermost
 from bridge.errors import ConfigurationInvalid
+
+logger = get_logger(__name__)
 
 
 class Gpu(BaseModel):
@@ -71,3 +75,17 @@ def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]
             )
         marks[task.name] = Mark(name=task.name, gpu=gpu, batch=batch_of(innermost(task)), configured=configured)
     return marks
+
+
+@signals.celeryd_after_setup.connect
+def _warn_in_a_plain_worker(instance: Any = None, **_: Any) -> None:
+    """A worker without the bridge runs marked bodies itself, on NumPy; it says so once."""
+    if instance is None or hasattr(instance.pool_cls, "apply_gpu"):
+        return
+    marked = sorted(task.name for task in instance.app.tasks.values() if getattr(task, "gpu", None))
+    if marked:
+        logger.warning(
+            "%d GPU tasks (%s, ...) will run in this worker itself, on NumPy: start it with `python -m bridge.worker`, "
+            "or set worker_pool = 'bridge.pool:HybridPool'",
+            len(marked), marked[0],
+        )  # fmt: skip

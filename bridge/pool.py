@@ -56,7 +56,7 @@ class HybridPool(TaskPool):
             self._cpu_flush = self.flush  # prefork has put it on the instance
             self.flush = self._flush
             if self.marks:
-                self.gpu.start()
+                self.gpu.start(self.marks)
                 with Progress() as progress:
                     self.gpu.wait_until_ready(progress.say)
         except StartupError as error:
@@ -120,12 +120,13 @@ class HybridPool(TaskPool):
         if not args or args[0] not in self.marks:
             return super().apply_async(target, args, kwargs, **options)
         name, task_id, request, body, content_type, content_encoding = args
-        return self._apply_gpu(name, task_id, request, body, content_type, content_encoding, options)
+        return self.apply_gpu(name, task_id, request, body, content_type, content_encoding, options)
 
-    def _apply_gpu(
+    def apply_gpu(
         self, name: str, task_id: str, request: dict[str, Any], body: Any, content_type: Any, content_encoding: Any,
         options: dict[str, Any],
     ) -> GpuRequest:  # fmt: skip
+        """Send one GPU task to the driver; `options` are those of Celery's `apply_async` of a pool."""
         # Celery has decoded the arguments into the request for its own use; the tracer takes them from the body again.
         slim = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
         run = {

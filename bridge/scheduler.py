@@ -265,7 +265,9 @@ class Scheduler:
         batch = self._batches.get(head.name)
         if batch is not None and not head.alone and not actor.calls:
             same = sum(1 for task in self._waiting.values() if task.name == head.name)
-            return now if same >= batch.max_size else head.since + batch.max_wait_s
+            if same >= batch.max_size or same < len(self._waiting):
+                return now  # it is full, or the actor would stand idle although there is other work
+            return head.since + batch.max_wait_s
         if not actor.calls and not self._running and len(self._waiting) == 1:
             return now
         if self._waiting_s() >= self._rules.call_budget_s or len(self._waiting) >= self._rules.call_tasks:

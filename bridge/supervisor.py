@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import billiard
@@ -18,10 +18,11 @@ from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import WorkerLostError
 from celery.worker import state as worker_state
 
-from actors.contract import ActorState
+from actors.contract import ActorState, Config
 from bridge import driver, errors
 from bridge.errors import ActorNotReady, GpuOutOfMemory, StartupError
 from bridge.link import Accepted, Cancel, Done, Ended, Flush, Link, Report, Returned, Run, Stop, TimedOut, Unreadable
+from bridge.release import make_config
 from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class DriverSupervisor:
 
     def __init__(self, app: Any, hostname: str, settings: Settings) -> None:
         self._app = app
+        self._config: Config | None = None
         self._hostname = hostname
         self._settings = settings
         self._requests: dict[int, GpuRequest] = {}
@@ -77,14 +79,23 @@ class DriverSupervisor:
 
     # ---- life cycle
 
-    def start(self) -> None:
-        """Start a driver; it connects in the background."""
+    def start(self, tasks: Iterable[str]) -> None:
+        """Start the first driver for these GPU tasks; it connects in the background.
+
+        Raises:
+            AppNotImportable: an executor could not import the app.
+        """
+        # Once: this worker's code is what it has imported by now, whatever a deploy puts on the disk later.
+        self._config = make_config(self._app, tasks, self._settings)
+        self._start()
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._starts += 1
         name = f"GpuDriver-{self._starts}"
         self._process = billiard.Process(
             target=driver.main,
-            args=(self._app, self._hostname, theirs, name, self._driver_id, self._starts == 1),
+            args=(self._app, self._hostname, theirs, name, self._config, self._driver_id, self._starts == 1),
             name=name,
         )
         self._process.daemon = True
@@ -177,7 +188,7 @@ class DriverSupervisor:
     def serve(self, timeout_s: float, also: list[int]) -> list[int]:
         """Outside the event loop: wait for the link or one of `also`; returns which of those can be read."""
         if self._restart_at is not None and time.monotonic() >= self._restart_at and self._requests:
-            self.start()
+            self._start()
         link = [self._link.fileno()] if self._link is not None else []
         readable, _, _ = select.select([*also, *link], [], [], timeout_s)
         if link and link[0] in readable:
@@ -344,7 +355,7 @@ class DriverSupervisor:
 
     def _restart(self) -> None:
         if self._link is None and not self._stopping:
-            self.start()
+            self._start()
 
     def _close_link(self) -> None:
         if self._link is not None:

@@ -83,8 +83,21 @@ def _hints(body: Callable[..., Any]) -> dict[str, Any]:
         return dict(function.__annotations__)
     try:
         return typing.get_type_hints(function, include_extras=True)
-    except Exception:  # names that exist for type checkers only
-        return {name: hint for name, hint in getattr(function, "__annotations__", {}).items() if type(hint) is not str}
+    except Exception:  # one annotation names what exists for type checkers only: keep the others
+        return {name: hint for name in function.__annotations__ if (hint := _hint(function, name)) is not None}
+
+
+def _hint(function: Any, name: str) -> Any:
+    """One annotation of a function, resolved by itself; None when it cannot be."""
+
+    def alone() -> None: ...
+
+    alone.__annotations__ = {name: function.__annotations__[name]}
+    alone.__module__ = function.__module__
+    try:
+        return typing.get_type_hints(alone, globalns=function.__globals__, include_extras=True)[name]
+    except Exception:
+        return None
 
 
 def _is_usable(hint: Any) -> bool:

@@ -403,3 +403,10 @@ def test_a_task_cannot_finish_before_it_left_nor_twice():
         clock.finish("a")
     with pytest.raises(IllegalTransition):
         clock.finish("never seen")
+
+
+def test_a_batch_does_not_wait_for_company_while_other_work_waits():
+    clock = Clock(batches=batches(max_wait_s=10.0)).knows("tiny", TINY_S)
+    assert not calls(clock.wait("many"))
+    (batch,) = calls(clock.wait("tiny", token="other"))
+    assert batch.tokens != ("other",), "the batch leaves at once, and the other work follows it"

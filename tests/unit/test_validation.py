@@ -302,3 +302,13 @@ def test_the_error_goes_through_json_and_pickle():
     assert error.__cause__ is None and error.__suppress_context__, "pydantic's own error holds the value"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(PayloadInvalid(*json.loads(json.dumps(error.args)))) == str(error)
+
+
+def test_one_unresolvable_annotation_does_not_leave_the_others_unchecked():
+    def body(number: "int", other: "NowhereToBeFound"):  # noqa: F821
+        """A body with a name that only type checkers know."""
+
+    check = checker("shop.body", body)
+    assert check((1, object), {})[0][0] == 1
+    with pytest.raises(PayloadInvalid, match="number"):
+        check(("x", 1), {})
