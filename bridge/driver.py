@@ -117,6 +117,7 @@ class Driver:
         poll = select.epoll()
         poll.register(self._link.fileno(), select.EPOLLIN)
         poll.register(self._wake_read, select.EPOLLIN)
+        waiting_to_write = False
         while True:
             for fd, _ in poll.poll(self._timeout()):
                 if fd == self._wake_read:
@@ -131,7 +132,9 @@ class Driver:
             if time.monotonic() - self._reported_at > REPORT_S:
                 self._send_report()
             written = self._flush()
-            poll.modify(self._link.fileno(), select.EPOLLIN | (0 if written else select.EPOLLOUT))
+            if written is waiting_to_write:
+                waiting_to_write = not written
+                poll.modify(self._link.fileno(), select.EPOLLIN | (select.EPOLLOUT if waiting_to_write else 0))
             if code is not None or self._stopping:
                 self._fleet.close()
                 return code or 0

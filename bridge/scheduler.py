@@ -2,11 +2,11 @@
 
 Events go in through `handle`, each with the time it happened; instructions come out. The driver does what they say.
 
-Pacing: a task that finds its actor idle and is alone in hand leaves at once. Otherwise calls are shared: at most
-`calls_outstanding` per actor, and while the waiting work is tiny the next call leaves `call_gap_s` after the last one.
-Nothing is sent behind a call that is long or of unknown length: it would count as started while it waits, and another
-actor may be free first. A call takes tasks in order while their estimated run time stays under `call_budget_s`; a task
-that has never been seen travels alone.
+Pacing: a task that finds its actor idle and is alone in hand leaves at once, unless tasks come in a stream. Otherwise
+calls are shared: at most `calls_outstanding` per actor, and while the waiting work is tiny the next call leaves
+`call_gap_s` after the last one. Nothing is sent behind a call that is long or of unknown length: it would count as
+started while it waits, and another actor may be free first. A call takes tasks in order while their estimated run time
+stays under `call_budget_s`; a task that has never been seen travels alone.
 """
 
 import heapq
@@ -18,6 +18,10 @@ from typing import NamedTuple
 
 #: Weight of the newest run in the estimate of a task's run time.
 _NEWEST = 0.2
+#: Weight of the newest arrival in `_crowding`, and from where on arrivals count as a stream: under one, a task that
+#: happens to find nothing else in hand still waits for company, or each would travel alone at a call's full price.
+_NEWEST_ARRIVAL = 0.1
+_CROWDED = 0.3
 #: Events kept per scheduler for the text of an illegal transition.
 _HISTORY = 64
 
@@ -156,6 +160,7 @@ class Scheduler:
         self._calls = itertools.count(1)
         self._history: deque[tuple[float, Event]] = deque(maxlen=_HISTORY)
         self._wake_at: float | None = None
+        self._crowding = 0.0  # share of recent tasks that came while others were in hand
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Take one event; returns what to do, in order.
@@ -206,6 +211,8 @@ class Scheduler:
     def _add(self, event: TaskWaiting, now: float) -> None:
         if event.token in self._waiting or event.token in self._running:
             raise self._illegal(event.token, "is in hand already")
+        crowded = bool(self._waiting or self._running)
+        self._crowding += _NEWEST_ARRIVAL * (crowded - self._crowding)
         task = _Waiting(event.rank, next(self._orders), event.token, event.name, event.alone, now)
         self._waiting[event.token] = task
         heapq.heappush(self._queue, task)
@@ -268,7 +275,7 @@ class Scheduler:
             if same >= batch.max_size or same < len(self._waiting):
                 return now  # it is full, or the actor would stand idle although there is other work
             return head.since + batch.max_wait_s
-        if not actor.calls and not self._running and len(self._waiting) == 1:
+        if not self._running and len(self._waiting) == 1 and self._crowding < _CROWDED:
             return now
         if self._waiting_s() >= self._rules.call_budget_s or len(self._waiting) >= self._rules.call_tasks:
             return now

@@ -71,6 +71,7 @@ class DriverSupervisor:
         self._link: Link | None = None
         self._hub: Any = None
         self._busy = False  # inside a read or write: a signal handler must not enter a second time
+        self._waits_to_write = False
         self._stopping = False
         self._restart_at: float | None = None
         self.report: dict[str, Any] = {"actors": []}
@@ -247,7 +248,8 @@ class DriverSupervisor:
             written = True  # the reader sees the end, too
         finally:
             self._busy = False
-        if self._hub is not None:
+        if self._hub is not None and written is self._waits_to_write:
+            self._waits_to_write = not written
             if written:
                 self._hub.remove_writer(self._link.fileno())
             else:
@@ -363,6 +365,7 @@ class DriverSupervisor:
                 self._hub.remove(self._link.fileno())
             self._link.close()
             self._link = None
+            self._waits_to_write = False
 
     def _waits_for(self) -> str:
         if "cluster" not in self.report:

@@ -410,3 +410,19 @@ def test_a_batch_does_not_wait_for_company_while_other_work_waits():
     assert not calls(clock.wait("many"))
     (batch,) = calls(clock.wait("tiny", token="other"))
     assert batch.tokens != ("other",), "the batch leaves at once, and the other work follows it"
+
+
+def test_in_a_stream_a_task_that_is_alone_by_chance_waits_for_company():
+    clock = Clock().knows("tiny", TINY_S)
+    clock.hold()
+    for number in range(20):
+        clock.wait(token=f"stream {number}")
+    for call in calls(clock.finish("held")):
+        clock.finish(*call.tokens, run_s=TINY_S)
+    assert clock.scheduler.waiting == clock.scheduler.running == 0
+    clock.now += RULES.call_gap_s
+    assert tokens(clock.wait(token="first")) == [("first",)], "the gap has passed since the last call"
+    clock.finish("first", run_s=TINY_S)
+    assert not calls(clock.wait(token="second")), "alone, but less than a gap after the first"
+    clock.now += RULES.call_gap_s
+    assert tokens(clock.do(Tick())) == [("second",)]
