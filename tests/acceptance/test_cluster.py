@@ -26,7 +26,8 @@ def cluster(tmp_path):
     yield start
     for each in started:
         each.stop()
-        shutil.rmtree(each.folder, ignore_errors=True)
+        if each.folder:
+            shutil.rmtree(each.folder, ignore_errors=True)
 
 
 def home_with_token(tmp_path, token):
@@ -97,3 +98,11 @@ def test_an_app_that_gpu_nodes_cannot_import(environment, tmp_path):
     )
     code, said, output = run("-A", "picky", "-Q", "none", env={**environment, "PYTHONPATH": str(tmp_path)})
     assert code == 72 and "no such library on this node" in the_line(said, output)
+
+
+def test_without_an_address_the_cluster_ray_start_brought_up_on_this_host_is_used(cluster, environment, tmp_path):
+    ray = cluster(own_folder=False)
+    env = {key: value for key, value in environment.items() if key != "BRIDGE_RAY_ADDRESS"}
+    worker = Worker(tmp_path, "-c", "1", "-Q", "none", env=env)
+    assert f":{ray.port} (Ray" in worker.output
+    assert worker.stop() == 0

@@ -101,3 +101,21 @@ def test_no_ray_cluster_on_this_host(environment):
     env = {key: value for key, value in environment.items() if key != "BRIDGE_RAY_ADDRESS"}
     code, said, output = run("-A", "tests.apps.shop:app", env={**env, "RAY_ADDRESS": "127.0.0.1:1"})
     assert code == 68 and "ray start --head" in the_line(said, output)
+
+
+def test_plain_celery_worker_with_the_pool_says_the_same(environment, tmp_path):
+    (tmp_path / "oldapp.py").write_text(
+        "from celery import Celery\n"
+        "app = Celery('oldapp')\n"
+        "app.conf.worker_pool = 'bridge.pool:HybridPool'\n"
+        "app.conf.broker_connection_retry_on_startup = True\n"
+        "@app.task(gpu=True)\n"
+        "def marked(): pass\n"
+    )
+    env = {**os.environ, **environment, "BRIDGE_RAY_ADDRESS": "127.0.0.1:1", "BRIDGE_CONNECT_WAIT_S": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "oldapp", "worker", "-c", "1"], cwd=tmp_path, env=env, timeout=60,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("bridge: ") and "…" not in line]
+    assert done.returncode == 68 and "ray start --head" in the_line(said, done.stdout + done.stderr)
