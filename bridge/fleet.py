@@ -232,14 +232,13 @@ class Fleet:
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
             return
+        waits = f"waits in Ray for a free GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
         for number, slot in list(self._slots.items()):
             if number not in wanted and not slot.greeted:
                 continue
             self._ask(number, slot)
             if slot.asked and time.monotonic() - slot.heard_at > SILENT_S:
-                self._notify(
-                    SlotChanged(number, None, "waits for a free GPU" if not slot.greeted else "does not answer")
-                )
+                self._notify(SlotChanged(number, None, waits if not slot.greeted else "does not answer"))
 
     def _create(self, slot: int) -> Any:
         s = self._settings

@@ -4,6 +4,7 @@ It checks what can be checked before start (app, settings, broker), rewrites the
 ``celery ... worker --pool custom`` one, so that SIGHUP, ``--detach`` and ``celery multi`` repeat it, and hands over.
 """
 
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -87,6 +88,10 @@ def main(arguments: list[str]) -> None:
 
     if any(word in ("-h", "--help") for word in arguments):
         _help()
+    if "--version" in arguments:
+        names = ("celery-gpu-bridge", "celery", "ray")
+        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+        return
     with ExitStack() as at_end:
         try:
             line = parse(arguments)
@@ -96,8 +101,7 @@ def main(arguments: list[str]) -> None:
 
                 start(app, at_end)
             _check_settings()
-            if "--version" not in line.worker:
-                _check_broker(app)
+            _check_broker(app)
         except StartupError as error:
             from bridge.pool import refuse
 

@@ -34,6 +34,12 @@ def test_help_lists_our_options_and_celerys():
         assert word in output
 
 
+def test_version():
+    code, _, output = run("--version")
+    assert code == 0
+    assert "celery-gpu-bridge 0.1.0, celery 5.7" in output and "ray 2.60" in output
+
+
 def test_the_banner_tells_what_a_person_needs(environment, tmp_path):
     worker = Worker(tmp_path, "-c", "1", env=environment)
     banner = worker.output
