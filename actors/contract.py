@@ -146,6 +146,7 @@ class Health(NamedTuple):
     pid: int
     state: ActorState
     reason: str  # why it is FAILING, or which step STARTING is at
+    knows_release: bool  # False after a restart: say hello again
     failed_starts: int  # of its executor, in a row
     device: dict[str, Any]  # DeviceInfo as a dict, empty before the first warm-up
     executor_pid: int

@@ -57,6 +57,7 @@ class ActorShell:
         self._entries: dict[str, Entry] = {}
         self._large: dict[str, tuple[str, bytes]] = {}  # token -> driver, outcome
         self._drivers: dict[str, float] = {}
+        self._releases: dict[str, str] = {}  # of each driver
         self._superseded: set[str] = set()
         self._configs: dict[str, Config] = {}
         self._children: dict[str, Child] = {}
@@ -85,7 +86,7 @@ class ActorShell:
             if supersedes:
                 self._supersede(supersedes)
             self._configs[config.release.id] = config
-            self._latest = config.release.id
+            self._latest = self._releases[driver] = config.release.id
             self._hear(driver)
             self._wake()
             return self._health(config.release.id)
@@ -157,6 +158,7 @@ class ActorShell:
     def _supersede(self, driver: str) -> None:
         self._superseded.add(driver)
         self._drivers.pop(driver, None)
+        self._releases.pop(driver, None)
         self._drop(driver, "superseded")
 
     def _drop(self, driver: str, why: str) -> None:
@@ -175,6 +177,7 @@ class ActorShell:
         gone = {driver for driver, heard in self._drivers.items() if now - heard > self._limits.lease_s}
         for driver in gone:
             del self._drivers[driver]
+            self._releases.pop(driver, None)
             self._drop(driver, "lease ran out")
 
     # the supervisor
@@ -209,8 +212,7 @@ class ActorShell:
         return idle and (self._closing or unwanted)
 
     def _start_children(self) -> None:
-        wanted = dict.fromkeys([self._latest] if self._latest else [])
-        wanted.update(dict.fromkeys(entry.call.release for entry in self._queue))
+        wanted = dict.fromkeys(self._next_releases())
         now = time.monotonic()
         self._retire(set(wanted), now)
         for release in wanted:
@@ -222,15 +224,33 @@ class ActorShell:
             self._children[release] = Child(self._configs[release])
 
     def _retire(self, wanted: set[str], now: float) -> None:
-        """End executors of old releases: when they have been idle, or at once when a third release needs the room."""
-        crowded = len(wanted | set(self._children)) > MAX_CHILDREN
-        for release, child in list(self._children.items()):
-            busy = self._active is not None and self._active[1] is child
-            idle_s = now - self._used_at.get(release, child.started_at)
-            if release in wanted or busy or child.planned_end:
-                continue
-            if crowded or (idle_s > RETIRE_AFTER_S and self._is_ready(self._latest)):
+        """End executors nobody needs: of releases without a living driver, or to make room for the next call's."""
+        needed = wanted | set(self._releases.values())
+        missing = next((release for release in self._next_releases() if release not in self._children), None)
+        crowded = missing is not None and len(self._children) >= MAX_CHILDREN
+        idle = [child for child in self._children.values() if not child.planned_end and not self._is_busy(child)]
+        for child in sorted(idle, key=self._last_used):
+            release = child.release.id
+            if crowded and release != self._first_release():
                 child.kill("retired")
+                crowded = False
+            elif (
+                release not in needed and now - self._last_used(child) > RETIRE_AFTER_S and self._is_ready(self._latest)
+            ):
+                child.kill("retired")
+
+    def _next_releases(self) -> list[str]:
+        """Releases in the order they are needed: of waiting calls, then the one drivers said hello with last."""
+        return [*dict.fromkeys(entry.call.release for entry in self._queue), *([self._latest] if self._latest else [])]
+
+    def _first_release(self) -> str:
+        return next(iter(self._next_releases()), "")
+
+    def _is_busy(self, child: Child) -> bool:
+        return self._active is not None and self._active[1] is child
+
+    def _last_used(self, child: Child) -> float:
+        return self._used_at.get(child.release.id, child.started_at)
 
     def _is_ready(self, release: str) -> bool:
         child = self._children.get(release)
@@ -435,6 +455,8 @@ class ActorShell:
             state, reason = ActorState.READY, ""
         elif release in self._reasons:
             state, reason = ActorState.FAILING, self._reasons[release]
+        elif child is None and release in self._configs and release != self._latest:
+            state, reason = ActorState.READY, "its executor starts with the next call"
         else:
             state, reason = ActorState.STARTING, child.step if child else "queued"
         return Health(
@@ -444,6 +466,7 @@ class ActorShell:
             pid=os.getpid(),
             state=state,
             reason=reason,
+            knows_release=release in self._configs,
             failed_starts=self._failures.get(release, 0),
             device=ready.device if ready else {},
             executor_pid=child.process.pid if child else 0,

@@ -76,7 +76,7 @@ def _device(actors: list[dict[str, Any]]) -> str:
 
 
 def _actor(actor: dict[str, Any]) -> str:
-    if actor["state"] == "ready":
+    if actor["state"] == "ready" and actor["device"]:
         device = actor["device"]["name"]
         return (
             f"ready on {actor['node']}, {device}, executor pid {actor['executor_pid']}, warm in {actor['warm_s']:.1f} s"

@@ -95,6 +95,8 @@ class Driver:
         self._report: dict[str, Any] = {"driver": os.getpid(), "driver_id": self.id, "actors": {}}
         self._wake_at: float | None = None
         self._stopping = False
+        self._events: deque[tuple[Event, bool]] = deque()
+        self._scheduling = False
         self._inbox: deque[Any] = deque()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -166,8 +168,13 @@ class Driver:
             return
         for message in received:
             match message:
-                case messages.Run():
-                    self._take(message)
+                case messages.Run(serial=serial):
+                    try:
+                        self._take(message)
+                    except Exception as error:  # one odd request must cost only itself
+                        logger.exception("a request could not be taken")
+                        self._tasks.pop(serial, None)
+                        self._send(messages.Ended(serial, einfo(error)))
                 case messages.Cancel(serial):
                     if serial in self._tasks:
                         self._schedule(TaskCancelled(self._tasks[serial].token))
@@ -230,7 +237,7 @@ class Driver:
             self._tracing.start(task)
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
-        priority = (task.run.request.get("delivery_info") or {}).get("priority") or 0
+        priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
         rank = -priority if self._highest_first else priority
         self._schedule(TaskWaiting(task.token, task.run.task, rank, alone))
 
@@ -246,6 +253,18 @@ class Driver:
         self._wait(task, alone)
 
     def _schedule(self, event: Event, drop: bool = True) -> None:
+        """Tell the scheduler and do what it says; what happens meanwhile is told after that, in order."""
+        self._events.append((event, drop))
+        if self._scheduling:
+            return
+        self._scheduling = True
+        try:
+            while self._events:
+                self._handle_event(*self._events.popleft())
+        finally:
+            self._scheduling = False
+
+    def _handle_event(self, event: Event, drop: bool) -> None:
         for instruction in self._scheduler.handle(event, time.monotonic()):
             match instruction:
                 case StartCall(actor, call, tokens, estimate_s):
@@ -442,6 +461,14 @@ class Driver:
         except Exception as error:  # a result that cannot be pickled: say so, as billiard does
             wrapped = MaybeEncodingError(error, getattr(message, "result", None))
             self._link.send(messages.Ended(message.serial, einfo(wrapped)))
+
+
+def _number(priority: Any) -> int:
+    """A message's priority; brokers take whatever a producer writes."""
+    try:
+        return int(priority)
+    except (TypeError, ValueError):
+        return 0
 
 
 def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config, supersedes: str, first: bool) -> None:

@@ -18,7 +18,7 @@ import ray
 import ray.exceptions
 
 from actors import gpu_actor
-from actors.contract import PROTOCOL, ActorState, Busy, Call, Config, Health, Reply
+from actors.contract import PROTOCOL, Busy, Call, Config, Health, Reply
 from actors.entries import Limits
 from bridge.auth import TOKEN_FILE, use_token
 from bridge.errors import (
@@ -263,8 +263,7 @@ class Fleet:
         slot.asked = False
         slot.heard_at = time.monotonic()
         if isinstance(answer, Health):
-            restarted = slot.greeted and answer.state is ActorState.STARTING and answer.generation == 0
-            slot.greeted = not restarted  # an actor that came back has forgotten our release
+            slot.greeted = answer.knows_release  # an actor that came back has forgotten it
             self._notify(SlotChanged(number, answer, ""))
         else:
             slot.greeted = False

@@ -33,6 +33,8 @@ BACKOFF_S = (0.1, 30.0)
 SETTLED_S = 30.0
 #: A driver that has been silent for this long after a hard limit has passed is ended.
 BACKSTOP_S = 30.0
+#: A request that this many drivers had when they died is lost, too, though it never started: it may be why they died.
+MAX_LOST = 5
 #: A driver told to stop gets this long.
 STOP_S = 5.0
 
@@ -332,9 +334,11 @@ class DriverSupervisor:
         code = self._process.exitcode
         if self._stopping:
             return
-        lost = [request for request in self._requests.values() if request.accepted]
+        for request in self._requests.values():
+            request.run = request.run._replace(lost=request.run.lost + 1)
+        lost = [each for each in self._requests.values() if each.accepted or each.run.lost >= MAX_LOST]
         logger.error(
-            "the GPU driver ended (exit code %s): %d started GPU tasks are lost, %d go to the next driver",
+            "the GPU driver ended (exit code %s): %d GPU tasks are lost, %d go to the next driver",
             code, len(lost), len(self._requests) - len(lost),
         )  # fmt: skip
         for request in lost:

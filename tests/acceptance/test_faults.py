@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.services import wait_for
+from tests.support.services import Worker, wait_for
 
 GET = {"timeout": 90}
 
@@ -107,3 +107,25 @@ def test_revoking_a_running_task_keeps_the_executor_warm(worker, send, producer,
     assert failure(running)[0] == "TaskRevokedError"
     assert send("pid").get(**GET) == before
     assert lines(log) == [f"start {before}"]
+
+
+@pytest.mark.parametrize("priority", ["5", "high", None, 3])
+def test_an_odd_priority_costs_nobody_anything(worker, send, gpu_stats, tmp_path, priority):
+    driver, log = gpu_stats()["driver"], tmp_path / "nap"
+    results = [send("nap", 0.5, kwargs={"path": str(log)})]
+    wait_for(lambda: lines(log), "the body to start")
+    results += [send("add", n, 0, headers={"odd": True}, priority=priority) for n in range(3)] + [send("add", 3, 0)]
+    assert [result.get(**GET) for result in results] == [0.5, 0, 1, 2, 3]
+    assert gpu_stats()["driver"] == driver
+
+
+def test_many_refused_payloads_behind_a_long_task(environment, producer, redis_server, tmp_path):
+    env = {**environment, "BRIDGE_GPU_SLOTS": "1500"}
+    other = Worker(tmp_path, "-c", "1", "-n", "many@%h", "-Q", "many", env=env)
+    log = tmp_path / "nap"
+    nap = producer.send_task("shop.nap", (3,), {"path": str(log)}, queue="many")
+    wait_for(lambda: lines(log), "the body to start")
+    refused = [producer.send_task("shop.length", ("x",), queue="many") for _ in range(1200)]
+    assert nap.get(**GET) == 3, "each refused task ends before its body: a thousand in a row must not nest"
+    assert {failure(result)[0] for result in refused} == {"PayloadInvalid"}
+    assert other.stop() == 0

@@ -16,7 +16,8 @@ def lines(path):
 
 
 @pytest.fixture
-def start(environment, tmp_path):
+def start(environment, redis_server, tmp_path):
+    redis_server.client.flushall()  # what the test before has left in the broker would run first
     started = []
 
     def start_worker(*options, env=None, **kwargs):

@@ -1094,6 +1094,25 @@ def test_an_idle_executor_of_an_old_release_ends(folder, new_driver, monkeypatch
     assert driver.values(task("bodies_two.version")) == ["two"]
 
 
+def test_an_old_release_is_served_as_long_as_its_driver_lives(folder, new_driver, monkeypatch):
+    """A worker of an older release that has been idle must find its actor usable, whoever came later."""
+    monkeypatch.setattr(shells, "RETIRE_AFTER_S", 0.2)
+    driver = new_driver().hello(make_config(folder))
+    for number, name in enumerate(("two", "three")):
+        driver.shell.hello(f"other {number}", "", other_release(folder, name, name))
+        wait_for(lambda name=name: driver.shell.health("other", name).executor_pid, f"the executor of {name}")
+    wait_for(lambda: driver.health.executor_pid == 0, "the first executor to make room for the third")
+    assert driver.health.state is ActorState.READY, "or its driver would never send the call that starts it again"
+    assert driver.value("version") == "one"
+
+
+def test_an_actor_that_was_restarted_says_that_it_knows_nobody(folder, new_driver):
+    restarted = new_driver().hello(make_config(folder))
+    health = restarted.shell.health("somebody", "a release from before")
+    assert health.knows_release is False
+    assert restarted.health.knows_release is True
+
+
 # ---- start-up that fails
 
 
