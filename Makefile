@@ -35,8 +35,16 @@ lint: $(VENV)/installed-all ## linters, types, import contracts
 bench: $(VENV)/installed-all ## no-op tasks here and with the usual alternatives; JSON and plot in benchmarks/results
 	@$(BIN)/python -m benchmarks.noop
 
-gpu-check: ## on a GPU host: the GPU tests, with a report (set PYTHON to use an environment of your own)
-	@$(PYTHON) -m tests.gpu.check
+# On a GPU host: `make gpu-check`, or `make gpu-check CUDA=13`; GPU_PYTHON=python3 uses what is installed already.
+CUDA ?= 12
+GPU_PYTHON ?=
+$(VENV)-gpu/installed: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-gpu
+	@$(VENV)-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cuda$(CUDA),test-tools,bench]'
+	@touch $@
+
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)-gpu/installed) ## on a GPU host: tests, cold against warm, demo and benchmark; writes a report
+	@$(or $(GPU_PYTHON),$(VENV)-gpu/bin/python) -m tests.gpu.check
 
 clean: ## remove what was installed and produced
-	@rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf $(VENV) $(VENV)-gpu out build *.egg-info .mypy_cache .ruff_cache .pytest_cache
