@@ -88,7 +88,8 @@ class Driver:
         self._tracing = Tracing(app, self._answer)
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
-        self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full
+        self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
+        self._fetching: dict[str, int] = {}  # token of a large outcome on its way -> its actor
         self._ready: set[int] = set()
         self._unready_since = time.monotonic()
         self._reported_at = 0.0
@@ -331,16 +332,14 @@ class Driver:
             return
         elif actor in self._ready:
             self._schedule(ActorReady(actor, reply.queue_s))
-        ended = {answer.token for answer in reply.answers if isinstance(answer, Succeeded | Failed)}
-        large = {answer.token for answer in reply.answers if isinstance(answer, Large)}
-        pending = {answer.token for answer in reply.answers} - ended
-        if pending:
-            call = call._replace(tasks=tuple(task for task in call.tasks if task.token in pending))
-            self._calls[call_id] = actor, call
+        answered = {answer.token for answer in reply.answers if not isinstance(answer, Pending)}
+        left = tuple(task for task in call.tasks if task.token not in answered)
+        if left:
+            self._calls[call_id] = actor, call._replace(tasks=left)
         else:
             del self._calls[call_id]
         self._take_answers(actor, reply.answers)
-        if pending - large:
+        if left:
             self._fleet.collect(actor, call)
 
     def _put_back(self, call_id: str, actor: int, call: Call) -> None:
@@ -355,6 +354,7 @@ class Driver:
     def _take_answers(self, actor: int, answers: tuple[Answer, ...]) -> None:
         for answer in answers:
             if isinstance(answer, Large):
+                self._fetching[answer.token] = actor
                 self._fleet.fetch(actor, answer.token)
             elif not isinstance(answer, Pending):
                 self._finish(actor, answer)
@@ -362,16 +362,8 @@ class Driver:
                 self._tracing.resume(self._by_token[answer.token], answer)
 
     def _fetched(self, token: str, data: bytes | None) -> None:
-        for call_id, (actor, call) in self._calls.items():
-            if any(task.token == token for task in call.tasks):
-                left = tuple(task for task in call.tasks if task.token != token)
-                if left:
-                    self._calls[call_id] = actor, call._replace(tasks=left)
-                else:
-                    del self._calls[call_id]
-                lost = Failed(token, FailureKind.LOST, "LOST", "a large result was lost with its actor")
-                self._finish(actor, pickle.loads(data) if data is not None else lost)
-                return
+        lost = Failed(token, FailureKind.LOST, "LOST", "a large result was lost with its actor")
+        self._finish(self._fetching.pop(token), pickle.loads(data) if data is not None else lost)
 
     def _finish(self, actor: int, outcome: Outcome) -> None:
         """A task's outcome: give it to its tracer, or let the task run again when somebody else is to blame."""

@@ -168,6 +168,21 @@ def test_large_payload_and_large_result(worker, send):
     assert send("big", "ab", 200_000).get(**GET) == "ab" * 200_000
 
 
+def test_large_results_among_small_ones_of_the_same_call(worker, send, tmp_path):
+    """A large outcome is fetched on its own while its call is still collected: neither may forget the other."""
+    for result in [send("nap", 0) for _ in range(40)] + [send("big", "x", 10) for _ in range(10)]:
+        result.get(**GET)  # now both are known to be short, and share calls
+    for round_ in range(3):
+        gate = tmp_path / str(round_)
+        blocker = send("progress", str(gate))
+        wait_for(lambda blocker=blocker: blocker.state == "PROGRESS", "the actor to be busy")
+        big = [send("big", "x", 8_000_000) for _ in range(3)]
+        naps = [send("nap", 0.03) for _ in range(5)]
+        gate.touch()
+        assert [len(result.get(**GET)) for result in big] == [8_000_000] * 3
+        assert [result.get(**GET) for result in naps] == [0.03] * 5
+
+
 def test_a_resident_is_loaded_before_the_first_task(worker, send):
     assert send("looks_up", 3).get(**GET) == 3
 
