@@ -8,6 +8,7 @@ import os
 import platform
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -183,6 +184,14 @@ class ActorShell:
     # the supervisor
 
     def _supervise(self) -> None:
+        try:
+            self._loop()
+        except BaseException:  # without its supervisor the actor would only look alive: Ray starts it again
+            traceback.print_exc()
+            os._exit(1)
+        self._on_abandoned()
+
+    def _loop(self) -> None:
         while True:
             with self._lock:
                 if self._is_over():
@@ -204,7 +213,6 @@ class ActorShell:
                 now = time.monotonic()
                 self._look_at_running(now)
                 self._expire_leases(now)
-        self._on_abandoned()
 
     def _is_over(self) -> bool:
         idle = not self._entries
@@ -272,8 +280,10 @@ class ActorShell:
             return self._start_call()
         entry.sent = list(entry.todo)
         self._active = entry, child
-        with suppress(OSError):  # it is dead: its end is read next, and the entry goes back to the queue
+        try:
             child.send(entry.call._replace(tasks=tuple(entry.sent)))
+        except OSError:  # it is dead, or will not take a call: its end is read next, and the entry goes back
+            child.process.kill()
         return None
 
     def _read(self, child: Child) -> None:

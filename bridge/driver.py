@@ -178,9 +178,10 @@ class Driver:
                         self._send(messages.Ended(serial, einfo(error)))
                 case messages.Cancel(serial):
                     if serial in self._tasks:
+                        self._tasks[serial].cancelled = True
                         self._schedule(TaskCancelled(self._tasks[serial].token))
                 case messages.Flush():
-                    for task in [task for task in self._tasks.values() if not task.accepted]:
+                    for task in [task for task in self._tasks.values() if not task.announced]:
                         self._schedule(TaskCancelled(task.token))
                 case messages.Stop():
                     self._stopping = True
@@ -244,6 +245,9 @@ class Driver:
 
     def _again(self, task: TracedTask, alone: bool) -> None:
         """Let a task wait for another run; a new token, so that nothing late ever touches it."""
+        if task.cancelled:
+            self._end(task, einfo(Terminated(signal.SIGTERM)))
+            return
         self._by_token.pop(task.token, None)
         task.attempt += 1
         task.token = f"{task.run.serial}.{task.attempt}"
@@ -297,7 +301,7 @@ class Driver:
             self._fleet.submit(actor, call)
 
     def _accept(self, task: TracedTask) -> None:
-        task.accepted = True
+        task.accepted = task.announced = True
         self._send(messages.Accepted(task.run.serial, time.monotonic()))
 
     def _refuse(self, task: TracedTask, error: BridgeError) -> None:
@@ -338,7 +342,7 @@ class Driver:
             self._calls[call_id] = actor, call._replace(tasks=left)
         else:
             del self._calls[call_id]
-        self._take_answers(actor, reply.answers)
+        self._take_answers(actor, call_id, reply.answers)
         if left:
             self._fleet.collect(actor, call)
 
@@ -351,15 +355,18 @@ class Driver:
             if sent.token in self._by_token:
                 self._again(self._by_token[sent.token], alone=False)
 
-    def _take_answers(self, actor: int, answers: tuple[Answer, ...]) -> None:
+    def _take_answers(self, actor: int, call_id: str, answers: tuple[Answer, ...]) -> None:
         for answer in answers:
+            task = self._by_token.get(answer.token)
             if isinstance(answer, Large):
                 self._fetching[answer.token] = actor
                 self._fleet.fetch(actor, answer.token)
             elif not isinstance(answer, Pending):
                 self._finish(actor, answer)
-            elif answer.wishes and answer.token in self._by_token:
-                self._tracing.resume(self._by_token[answer.token], answer)
+            elif task is not None and task.cancelled:
+                self._fleet.cancel(actor, call_id, [answer.token])  # the first cancel may have overtaken the call
+            elif task is not None and answer.wishes:
+                self._tracing.resume(task, answer)
 
     def _fetched(self, token: str, data: bytes | None) -> None:
         lost = Failed(token, FailureKind.LOST, "LOST", "a large result was lost with its actor")

@@ -214,7 +214,7 @@ class DriverSupervisor:
     def flush_requests(self) -> None:
         """Drop what has not started: the broker will deliver it again."""
         for serial, request in list(self._requests.items()):
-            if not request.accepted:
+            if not request.announced:  # what was announced may have been acknowledged: the broker has it no more
                 del self._requests[serial]
         self._send(Flush())
 
@@ -303,7 +303,7 @@ class DriverSupervisor:
                 _call(callbacks["timeout_callback"], False, limit_s)
             case Unreadable(_, reason):
                 _call(callbacks["error_callback"], _einfo(RuntimeError(f"the outcome could not be read: {reason}")))
-        request.on_end()
+        _call(request.on_end)
 
     def _on_accepted(self, request: GpuRequest, at: float) -> None:
         request.accepted = True
@@ -311,7 +311,7 @@ class DriverSupervisor:
             return
         request.announced = True
         _call(request.callbacks["accept_callback"], self.pid, at)
-        request.on_accepted()
+        _call(request.on_accepted)
         limit = request.run.hard_limit_s
         if limit and self._hub is not None:
             self._hub.call_later(limit + BACKSTOP_S, self._enforce, request.run.serial)
@@ -345,7 +345,7 @@ class DriverSupervisor:
             del self._requests[request.run.serial]
             error = WorkerLostError(f"the GPU driver (pid {self._process.pid}) ended with exit code {code}")
             _call(request.callbacks["error_callback"], _einfo(error))
-            request.on_end()
+            _call(request.on_end)
         self.report = {**self.report, "actors": []}
         self._schedule_restart()
 
@@ -385,7 +385,7 @@ def _nothing() -> None:
 
 
 def _call(callback: Callable[..., Any], *args: Any) -> None:
-    """A Celery callback; an error in it costs only this task, as in billiard's pool."""
+    """A callback; an error in it (a broker that is away) costs only this task, as in billiard's pool."""
     try:
         callback(*args)
     except Exception:

@@ -31,7 +31,18 @@ SLOW_S = 1.0
 class TracedTask:
     """One request in the driver."""
 
-    __slots__ = ("accepted", "attempt", "crashes", "losses", "payload", "run", "token", "tracer")
+    __slots__ = (
+        "accepted",
+        "announced",
+        "attempt",
+        "cancelled",
+        "crashes",
+        "losses",
+        "payload",
+        "run",
+        "token",
+        "tracer",
+    )
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -39,7 +50,9 @@ class TracedTask:
         self.token = f"{run.serial}.0"
         self.tracer: _Tracer | None = None
         self.payload: bytes | None = None  # set while `forward` waits for the outcome
-        self.accepted = False
+        self.accepted = False  # its call is with an actor
+        self.announced = False  # the worker has been told so, once or more
+        self.cancelled = False  # the worker has given it up: it must not run again
         self.crashes = self.losses = 0
 
 

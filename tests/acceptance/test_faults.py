@@ -129,3 +129,17 @@ def test_many_refused_payloads_behind_a_long_task(environment, producer, redis_s
     assert nap.get(**GET) == 3, "each refused task ends before its body: a thousand in a row must not nest"
     assert {failure(result)[0] for result in refused} == {"PayloadInvalid"}
     assert other.stop() == 0
+
+
+@pytest.mark.parametrize("victim", ["actor", "executor"])
+def test_a_revoked_task_does_not_run_again_when_its_process_dies(worker, send, producer, gpu_stats, tmp_path, victim):
+    log = tmp_path / "log"
+    stuck = send("stuck_in_c", str(log))
+    wait_for(lambda: lines(log), "the body to start")
+    producer.control.revoke(stuck.id, terminate=True)
+    assert failure(stuck)[0] == "TaskRevokedError"
+    actor = gpu_stats()["actors"][0]
+    os.kill(actor["pid"] if victim == "actor" else int(lines(log)[0].split()[1]), signal.SIGKILL)
+    assert send("add", 1, 1).get(**GET) == 2
+    wait_for(lambda: gpu_stats()["in_flight"] == 0, "the slot to come back")
+    assert len(lines(log)) == 1
