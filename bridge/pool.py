@@ -62,7 +62,8 @@ class HybridPool(TaskPool):
         except StartupError as error:
             self.gpu.kill()
             refuse(error)
-        print(gpu_banner(self.info["gpu"], self.marks), file=sys.__stdout__, flush=True)
+        if not {"-q", "--quiet"} & set(sys.argv):  # as for Celery's own banner, which the pool is not told of
+            print(gpu_banner(self.info["gpu"], self.marks), file=sys.__stdout__, flush=True)
 
     def register_with_event_loop(self, loop: Any) -> None:
         """Serve children and driver on the worker's event loop."""

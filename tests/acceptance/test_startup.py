@@ -56,6 +56,12 @@ def test_the_banner_tells_what_a_person_needs(environment, tmp_path):
     assert "shop.double" not in banner.partition("[gpu tasks]")[2].partition("[")[0]
 
 
+def test_quiet_means_no_banner(environment, tmp_path):
+    worker = Worker(tmp_path, "-c", "1", "-q", "-Q", "none", env=environment)
+    assert worker.stop() == 0
+    assert "[gpu" not in worker.output and "[config]" not in worker.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "code", "words"),
     [
