@@ -336,14 +336,16 @@ class Driver:
             return
         elif actor in self._ready:
             self._schedule(ActorReady(actor, reply.queue_s))
-        answered = {answer.token for answer in reply.answers if not isinstance(answer, Pending)}
-        left = tuple(task for task in call.tasks if task.token not in answered)
-        if left:
-            self._calls[call_id] = actor, call._replace(tasks=left)
+        owed = {task.token for task in call.tasks}
+        answers = tuple(answer for answer in reply.answers if answer.token in owed)
+        answered = {answer.token for answer in answers if not isinstance(answer, Pending)}
+        call = call._replace(tasks=tuple(task for task in call.tasks if task.token not in answered))
+        if call.tasks:
+            self._calls[call_id] = actor, call
         else:
             del self._calls[call_id]
-        self._take_answers(actor, call_id, reply.answers)
-        if left:
+        self._take_answers(actor, call_id, answers)
+        if call.tasks:
             self._fleet.collect(actor, call)
 
     def _put_back(self, call_id: str, actor: int, call: Call) -> None:
@@ -370,7 +372,9 @@ class Driver:
 
     def _fetched(self, token: str, data: bytes | None) -> None:
         lost = Failed(token, FailureKind.LOST, "LOST", "a large result was lost with its actor")
-        self._finish(self._fetching.pop(token), pickle.loads(data) if data is not None else lost)
+        actor = self._fetching.pop(token, None)
+        if actor is not None:
+            self._finish(actor, pickle.loads(data) if data is not None else lost)
 
     def _finish(self, actor: int, outcome: Outcome) -> None:
         """A task's outcome: give it to its tracer, or let the task run again when somebody else is to blame."""

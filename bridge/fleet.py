@@ -186,7 +186,7 @@ class Fleet:
                 answer = self._events.get(timeout=max(0.0, next_beat - time.monotonic()))
                 if answer is None:
                     return
-                self._hear(*answer)
+                self._guard(self._hear, *answer)
                 continue
             except queue.Empty:
                 next_beat = time.monotonic() + self._settings.beat_s
@@ -195,7 +195,14 @@ class Fleet:
                 self._notify(ClusterLost())
                 return
             if not failed_probes:  # with the head away a look-up would hang
-                self._beat()
+                self._guard(self._beat)
+
+    def _guard(self, step: Callable[..., None], *args: Any) -> None:
+        """One step of the helper; an error in it must not end the beats for good."""
+        try:
+            step(*args)
+        except Exception:
+            logger.exception("a look at the GPU actors failed; it is tried again")
 
     def _find(self, patient: bool) -> str:
         """The head's address, once something listens there."""

@@ -142,6 +142,7 @@ class DriverSupervisor:
     def register(self, hub: Any) -> None:
         """Serve the link on the worker's event loop; again after each reconnect to the broker."""
         self._hub = hub
+        self._waits_to_write = False  # a new or reset hub knows no writer
         self._register()
 
     def stop(self) -> None:
