@@ -1,0 +1,161 @@
+"""The driver's bookkeeping of calls, with a fleet that answers what the test says: replies late, lost, large, twice."""
+
+import pickle
+import socket
+
+import pytest
+from celery import Celery
+
+from actors.contract import Config, Failed, FailureKind, Large, Pending, Release, Reply, Succeeded
+from bridge import fleet, link
+from bridge.driver import Driver
+from bridge.fleet import Replied, SlotChanged
+from bridge.marks import find_marks
+from bridge.settings import settings
+from bridge.tracing import prepare
+
+
+class SaidFleet:
+    """Records what the driver asks of its fleet."""
+
+    def __init__(self, *_):
+        self.calls, self.collected, self.fetched, self.cancelled = [], [], [], []
+
+    def submit(self, slot, call):
+        self.calls.append(call)
+
+    def collect(self, slot, call):
+        self.collected.append(call)
+
+    def fetch(self, slot, token):
+        self.fetched.append(token)
+
+    def cancel(self, slot, call, tokens):
+        self.cancelled += tokens
+
+
+def echo(value):
+    return value
+
+
+class Lab:
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(fleet, "Fleet", SaidFleet)
+        self.app = Celery("lab", broker="memory://", backend="cache+memory://", set_as_current=False)
+        self.app.task(name="lab.echo", gpu=True)(echo)
+        self.app.finalize()
+        marks = find_marks(self.app.tasks.values(), [])
+        release = Release("r", "lab:app", "", (), "", (), tuple(marks), ())
+        ours, theirs = socket.socketpair()
+        self.link = link.Link(ours)
+        self.driver = Driver(self.app, theirs, marks, Config(release, "cpu", "90%", 30, 1000), "", True)
+        prepare(self.app, marks, self.driver.forward, False)
+        from celery.app.trace import build_tracer, setup_worker_optimizations
+
+        setup_worker_optimizations(self.app, "lab@here")
+        for name, task in self.app.tasks.items():
+            task.__trace__ = build_tracer(name, task, self.app.loader, "lab@here", app=self.app)
+        self.fleet = self.driver._fleet
+        self.serial = 0
+
+    def event(self, event):
+        self.driver._notify(event)
+        self.driver._handle_inbox()
+
+    def ready(self):
+        from actors.contract import ActorState, Health
+
+        fields = dict.fromkeys(Health._fields, 0) | {"state": ActorState.READY, "device": {}, "node": "here"}
+        self.event(SlotChanged(0, Health(**fields), ""))
+
+    def send(self, value):
+        self.serial += 1
+        request = {"id": str(self.serial), "task": "lab.echo", "delivery_info": {}, "argsrepr": "", "kwargsrepr": ""}
+        body = ((value,), {}, {})
+        run = link.Run(self.serial, "lab.echo", str(self.serial), request, body, None, None, None, None, 0)
+        self.driver._take(run)
+        return self.serial
+
+    def answers(self):
+        self.driver._flush()
+        return [m for m in self.link.receive() if isinstance(m, link.Done | link.Ended)]
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")  # calls leave without a Tick
+    settings.cache_clear()
+    yield Lab(monkeypatch)
+    settings.cache_clear()
+
+
+def succeeded(task, value):
+    return Succeeded(task.token, pickle.dumps(value), 0.0001, 1)
+
+
+def shared_call(lab, count):
+    """Tasks that wait while no actor is ready leave in one call, once their name is known to be short."""
+    lab.ready()
+    lab.send("first")
+    first = lab.fleet.calls.pop()
+    lab.event(Replied(first.id, Reply((succeeded(first.tasks[0], "first"),), 0.0), ""))
+    lab.event(SlotChanged(0, None, "away"))
+    for number in range(count):
+        lab.send(number)
+    lab.ready()
+    (call,) = lab.fleet.calls
+    assert len(call.tasks) == count
+    return call
+
+
+def test_only_what_is_owed_is_collected_and_a_late_loss_of_the_rest_is_taken_quietly(lab):
+    call = shared_call(lab, 3)
+    one, two, three = call.tasks
+    lab.event(
+        Replied(call.id, Reply((succeeded(one, 0), Pending(two.token, True), Pending(three.token, False)), 0), "")
+    )
+    assert [task.token for task in lab.fleet.collected[-1].tasks] == [two.token, three.token]
+    lost = tuple(Failed(task.token, FailureKind.LOST, "LOST", "the actor was restarted") for task in call.tasks)
+    lab.event(Replied(call.id, Reply(lost, 0.0), ""))
+    lab.ready()
+    again = lab.fleet.calls[-1]
+    assert [task.payload for task in again.tasks] == [two.payload, three.payload], (
+        "what had finished does not run again"
+    )
+    lab.event(Replied(again.id, Reply(tuple(succeeded(task, n) for n, task in enumerate(again.tasks, 1)), 0.0), ""))
+    assert sorted(answer.serial for answer in lab.answers()) == [1, 2, 3, 4]
+
+
+def test_a_large_outcome_on_its_way_survives_the_next_reply_of_its_call(lab):
+    call = shared_call(lab, 2)
+    big, small = call.tasks
+    lab.event(Replied(call.id, Reply((Large(big.token, 10**6), Pending(small.token, True)), 0.0), ""))
+    assert lab.fleet.fetched == [big.token]
+    lab.event(Replied(call.id, Reply((succeeded(small, 1),), 0.0), ""))
+    lab.event(fleet.Fetched(big.token, pickle.dumps(succeeded(big, "x" * 10))))
+    assert sorted(answer.serial for answer in lab.answers()) == [1, 2, 3]
+
+
+def test_a_cancelled_task_is_cancelled_again_while_it_is_pending_and_never_runs_again(lab):
+    call = shared_call(lab, 1)
+    (task,) = call.tasks
+    serial = lab.serial
+    lab.link.send(link.Cancel(serial))
+    lab.link.flush()
+    lab.driver._read_link()
+    lab.event(Replied(call.id, Reply((Pending(task.token, True),), 0.0), ""))
+    assert lab.fleet.cancelled == [task.token, task.token], "the first may have overtaken its call"
+    lab.event(Replied(call.id, None, "the actor died"))
+    lab.ready()
+    assert len(lab.fleet.calls) == 1
+    assert isinstance(lab.answers()[-1], link.Ended)
+
+
+def test_a_request_that_cannot_be_taken_costs_only_itself(lab):
+    lab.ready()
+    lab.link.send(link.Run(77, "lab.echo", "77", {"delivery_info": "odd"}, ((1,), {}, {}), None, None, None, None, 0))
+    lab.link.flush()
+    lab.driver._read_link()
+    assert [type(answer) for answer in lab.answers()] == [link.Ended]
+    lab.send("fine")
+    assert len(lab.fleet.calls) == 1
