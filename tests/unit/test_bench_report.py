@@ -142,3 +142,10 @@ def test_names_of_approaches_are_unique_and_baselines_are_among_them():
     names = [a.name for a in APPROACHES]
     assert len(set(names)) == len(names)
     assert set(BASELINES) <= set(names)
+
+
+def test_the_readme_quotes_the_stored_result():
+    from benchmarks.readme import RESULT, table
+
+    readme = (RESULT.parents[2] / "README.md").read_text()
+    assert table(json.loads(RESULT.read_text())) in readme, "run `python -m benchmarks.readme` and paste its table"
