@@ -62,6 +62,9 @@ class HybridPool(TaskPool):
         except StartupError as error:
             self.gpu.kill()
             refuse(error)
+        except BaseException:  # told to stop meanwhile: a pool that has not started is not stopped by anybody else
+            self.gpu.kill()
+            raise
         if not {"-q", "--quiet"} & set(sys.argv):  # as for Celery's own banner, which the pool is not told of
             print(gpu_banner(self.info["gpu"], self.marks), file=sys.__stdout__, flush=True)
 

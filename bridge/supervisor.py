@@ -27,10 +27,8 @@ from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: First and longest pause before a driver that died is started again, in seconds.
+#: First and longest pause before a driver that died is started again, in seconds; it grows while none gets an actor.
 BACKOFF_S = (0.1, 30.0)
-#: A driver that lived this long has not failed at start: the next pause is the first again.
-SETTLED_S = 30.0
 #: A driver that has been silent for this long after a hard limit has passed is ended.
 BACKSTOP_S = 30.0
 #: A request that this many drivers had when they died is lost, too, though it never started: it may be why they died.
@@ -68,7 +66,7 @@ class DriverSupervisor:
         self._serial = 0
         self._starts = 0
         self._failures = 0
-        self._started_at = self._heard_at = 0.0
+        self._heard_at = 0.0
         self._process: Any = None
         self._link: Link | None = None
         self._hub: Any = None
@@ -106,7 +104,7 @@ class DriverSupervisor:
         self._process.start()
         theirs.close()
         self._link = Link(ours)
-        self._started_at, self._restart_at = time.monotonic(), None
+        self._restart_at = None
         for request in self._requests.values():
             self._send(request.run)
         self._register()
@@ -281,6 +279,8 @@ class DriverSupervisor:
             self.report = message.fleet
             self._driver_id = message.fleet.get("driver_id", "")
             self._start_error = message.error
+            if any(actor["state"] == ActorState.READY for actor in message.fleet["actors"]):
+                self._failures = 0  # it has started well: should it die, the next one need not wait
             return
         request = self._requests.get(message.serial)
         if request is None:
@@ -351,8 +351,6 @@ class DriverSupervisor:
         self._schedule_restart()
 
     def _schedule_restart(self) -> None:
-        if time.monotonic() - self._started_at > SETTLED_S:
-            self._failures = 0
         first, longest = BACKOFF_S
         pause = min(longest, first * 2**self._failures)
         self._failures += 1
