@@ -33,6 +33,8 @@ BACKOFF_S = (0.1, 30.0)
 BACKSTOP_S = 30.0
 #: A request that this many drivers had when they died is lost, too, though it never started: it may be why they died.
 MAX_LOST = 5
+#: While the driver does not take what is written, it is offered again this often, in seconds.
+FLUSH_AGAIN_S = 0.005
 #: A driver told to stop gets this long.
 STOP_S = 5.0
 
@@ -71,7 +73,7 @@ class DriverSupervisor:
         self._link: Link | None = None
         self._hub: Any = None
         self._busy = False  # inside a read or write: a signal handler must not enter a second time
-        self._waits_to_write = False
+        self._flushes_later = False
         self._stopping = False
         self._restart_at: float | None = None
         self.report: dict[str, Any] = {"actors": []}
@@ -140,7 +142,6 @@ class DriverSupervisor:
     def register(self, hub: Any) -> None:
         """Serve the link on the worker's event loop; again after each reconnect to the broker."""
         self._hub = hub
-        self._waits_to_write = False  # a new or reset hub knows no writer
         self._register()
 
     def stop(self) -> None:
@@ -249,12 +250,14 @@ class DriverSupervisor:
             written = True  # the reader sees the end, too
         finally:
             self._busy = False
-        if self._hub is not None and written is self._waits_to_write:
-            self._waits_to_write = not written
-            if written:
-                self._hub.remove_writer(self._link.fileno())
-            else:
-                self._hub.add_writer(self._link.fileno(), self._flush)
+        if not written and self._hub is not None and not self._flushes_later:
+            # Not by a writer on the hub: kombu ignores one on a descriptor that has a reader, and nothing would go on.
+            self._flushes_later = True
+            self._hub.call_later(FLUSH_AGAIN_S, self._flush_again)
+
+    def _flush_again(self) -> None:
+        self._flushes_later = False
+        self._flush()
 
     def on_readable(self) -> None:
         """Take what the driver has sent."""
@@ -368,7 +371,6 @@ class DriverSupervisor:
                 self._hub.remove(self._link.fileno())
             self._link.close()
             self._link = None
-            self._waits_to_write = False
 
     def _waits_for(self) -> str:
         if "cluster" not in self.report:

@@ -79,6 +79,14 @@ def test_vectors(task):
     assert len(neighbours) == 3
 
 
+def test_bursts_larger_than_the_link_takes_at_once(task):
+    """What does not fit into the socket to the driver must follow without anything else happening."""
+    vector = [1.0] * 64
+    for _ in range(12):
+        results = [task("vectors.normalise", vector).apply_async() for _ in range(200)]
+        assert all(result.get(**GET) == pytest.approx([0.125] * 64) for result in results)
+
+
 def test_a_chain_cpu_gpu_cpu(task):
     made, analysed, told = task("reports.make_signal"), task("arrays.statistics"), task("reports.summarise")
     text = run(made | analysed | told)
