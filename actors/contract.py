@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 #: Tasks in one call, at most; a batch cannot be larger.
@@ -59,7 +59,8 @@ class FailureKind(StrEnum):
     CANCELLED = "cancelled"
     CRASHED = "crashed"  # the task was running when its executor died by itself: charged
     SUSPECT = "suspect"  # it shared a run with others when its executor died: runs again alone, not yet charged
-    LOST = "lost"  # it did not finish for a reason of somebody else: runs again, nobody is charged
+    LOST = "lost"  # it has not started: runs again, nobody is charged
+    UNSURE = "unsure"  # lost through no fault of its own while it ran, or may have run: again only if it may run twice
     UNKNOWN_TASK = "unknown task"
     NOT_SENDABLE = "not sendable"  # the value cannot be pickled
 
@@ -135,6 +136,7 @@ class ActorState(StrEnum):
     STARTING = "starting"  # its executor is importing or warming up
     READY = "ready"
     FAILING = "failing"  # its executor does not start; tried again with backoff
+    DRAINING = "draining"  # it takes no new calls and ends when what it has is delivered
 
 
 class Health(NamedTuple):
@@ -173,10 +175,11 @@ EXIT_NOT_STARTED = 87
 
 
 class Reason(IntEnum):
-    """Why a body is interrupted."""
+    """Why a body is interrupted, and how a task is cancelled."""
 
-    SOFT_LIMIT = 1
-    CANCEL = 2
+    SOFT_LIMIT = 1  # SoftTimeLimitExceeded, which the body may catch
+    CANCEL = 2  # its executor ends if it goes on for longer than the grace time
+    KILL = 3  # its executor ends at once
 
 
 class Config(NamedTuple):

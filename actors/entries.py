@@ -27,7 +27,8 @@ class Entry:
         self.changed = threading.Condition(lock)
         self.todo: list[TaskCall] = list(call.tasks)
         self.sent: list[TaskCall] = []  # what the executor has now; the journal's indices point here
-        self.cancelled: dict[str, float] = {}  # token -> when
+        self.cancelled: dict[str, float] = {}  # token -> when; long ago for one that gets no grace time
+        self.softened: set[str] = set()  # running tasks to be interrupted as by their soft limit
         self.idle_deaths = 0  # executors that died with this call while no body ran
         self._outcomes: dict[str, Outcome] = {}
         self._wishes: dict[str, list[bytes]] = {}  # what running bodies ask of Celery, in order
@@ -116,9 +117,9 @@ class Tally:
         }
 
 
-def lost(call: Call, message: str) -> Reply:
+def lost(call: Call, kind: FailureKind, message: str) -> Reply:
     """The answer about a call this actor does not have."""
-    return Reply(tuple(Failed(task.token, FailureKind.LOST, "LOST", message) for task in call.tasks), 0.0)
+    return Reply(tuple(Failed(task.token, kind, kind.name, message) for task in call.tasks), 0.0)
 
 
 def _size(outcome: Outcome) -> int:

@@ -43,7 +43,7 @@ from actors.contract import (
 from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
-from actors.release import LoadedTask, load_app, load_tasks
+from actors.release import LoadedTask, connection_closer, load_app, load_tasks
 from actors.residents import load_all
 from actors.wishes import Wishes
 
@@ -76,6 +76,7 @@ class Executor:
         app = load_app(self._config.release)
         celery_state._set_task_join_will_block(True)  # as in a prefork child: a body must not wait for other tasks
         self._logs.install(app)
+        self._close_connections = connection_closer(app)
         self._tasks = load_tasks(app, self._config.release, self._wishes)
         self._say(Step("warming the device"))
         self._device = devices.open_device(self._config.device, self._config.memory_limit)
@@ -85,6 +86,7 @@ class Executor:
         self._say(Step("running examples"))
         self._run_examples()
         self._device.synchronize()
+        self._close_connections()  # of residents and examples
         self._say(Ready(self._device.describe()._asdict(), time.monotonic() - started))
 
     def serve(self) -> None:
@@ -152,8 +154,9 @@ class Executor:
     def _run_one(self, loaded: LoadedTask, task: TaskCall, first: int) -> Outcome:
         args, kwargs, context = pickle.loads(task.payload)
         result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1, task.token)
-        if result.out_of_memory:  # its references are gone by now, so a second run may fit
+        if result.out_of_memory:
             self._device.free()
+        if result.out_of_memory and loaded.task.acks_late:  # it may run twice, and its references are gone by now
             result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1, task.token)
         return self._outcome(task, loaded, result, 1)
 
@@ -195,6 +198,7 @@ class Executor:
         loaded.task.request_stack.push(request)
         self._token = token
         celery_state._task_stack.push(loaded.task)
+        self._close_connections()
         self._logs.start()
         started = time.monotonic_ns()
         value, error = None, None
@@ -210,6 +214,7 @@ class Executor:
             celery_state._task_stack.pop()
             loaded.task.request_stack.pop()
         run_s = (time.monotonic_ns() - started) / 1e9
+        self._close_connections()
         if error is not None and not self._device.is_healthy(error):
             self._end_broken(error)
         self._journal.end()

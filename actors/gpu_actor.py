@@ -6,7 +6,7 @@ be permanent death for the actor.
 
 import ray
 
-from actors.contract import Busy, Call, Config, Health, Reply
+from actors.contract import Busy, Call, Config, Health, Reason, Reply
 from actors.entries import Limits
 from actors.shell import ActorShell
 
@@ -44,9 +44,9 @@ class GpuActor:
         return self._shell.health(driver, release)
 
     @ray.method(concurrency_group="control")
-    def cancel(self, call_id: str, tokens: list[str]) -> None:
+    def cancel(self, call_id: str, tokens: list[str], how: Reason) -> None:
         """See `ActorShell.cancel`."""
-        self._shell.cancel(call_id, tokens)
+        self._shell.cancel(call_id, tokens, how)
 
     @ray.method(concurrency_group="control")
     def drain(self) -> None:

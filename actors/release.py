@@ -6,6 +6,7 @@ pydantic) stays in the driver. Whatever a body asks of Celery (retry, replace, u
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from actors.batching import Batch, batch_of
 from actors.bodies import has_custom_call, innermost, is_pydantic
 from actors.contract import Release
 from actors.wishes import Wishes
+
+logger = logging.getLogger(__name__)
 
 
 class LoadedTask:
@@ -50,6 +53,21 @@ def load_app(release: Release) -> Any:
         importlib.import_module(include)
     setup_worker_optimizations(app)  # current app, and no second request when a custom __call__ calls super()
     return app
+
+
+def connection_closer(app: Any) -> Callable[[], None]:
+    """Closes Django's database and cache connections, as Celery's fixup does around tasks; nothing without Django."""
+    fixups = [each.worker_fixup for each in getattr(app, "_fixups", ()) if hasattr(each, "worker_fixup")]
+
+    def close() -> None:
+        for fixup in fixups:
+            try:
+                fixup.close_database()
+                fixup.close_cache()
+            except Exception:  # as from a signal's receiver under prefork: the task has its outcome all the same
+                logger.exception("closing Django's connections failed")
+
+    return close
 
 
 def load_tasks(app: Any, release: Release, wishes: Wishes) -> dict[str, LoadedTask]:

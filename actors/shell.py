@@ -4,6 +4,7 @@ Call threads put entries into the queue and wait; the supervisor feeds executors
 dies, reads from its journal who was running. It never touches CUDA and never imports the user's app.
 """
 
+import math
 import os
 import platform
 import threading
@@ -103,9 +104,9 @@ class ActorShell:
         with self._lock:
             self._hear(call.driver)
             if call.driver in self._superseded:
-                return lost(call, "another driver has taken over")
+                return lost(call, FailureKind.LOST, "another driver has taken over")
             if call.release not in self._configs:
-                return lost(call, "the actor was restarted and does not know this release yet")
+                return lost(call, FailureKind.LOST, "the actor was restarted and does not know this release yet")
             queued = sum(len(entry.todo) for entry in self._entries.values())
             if self._closing or (queued and queued + len(call.tasks) > self._limits.queued_tasks):
                 return Busy(self._queue_s())
@@ -122,7 +123,7 @@ class ActorShell:
             self._hear(call.driver)
             entry = self._entries.get(call.id)
             if entry is None:
-                return lost(call, "the actor was restarted")
+                return lost(call, FailureKind.UNSURE, "the actor was restarted, or the driver's lease ran out")
             entry.changed.wait_for(entry.has_news, wait_s)
             return self._reply(entry)
 
@@ -131,12 +132,12 @@ class ActorShell:
         with self._lock:
             return self._large.pop(token)[1]
 
-    def cancel(self, call_id: str, tokens: list[str]) -> None:
-        """Withdraw tasks that wait and interrupt the one that runs; it ends with its executor after the grace time."""
+    def cancel(self, call_id: str, tokens: list[str], how: Reason = Reason.CANCEL) -> None:
+        """Withdraw tasks that wait and interrupt the one that runs, in the way `how` says."""
         with self._lock:
             entry = self._entries.get(call_id)
             if entry is not None:
-                self._cancel(entry, tokens)
+                self._cancel(entry, tokens, how)
 
     def drain(self) -> None:
         """Take no new calls; the actor ends when what it has is delivered."""
@@ -334,7 +335,7 @@ class ActorShell:
         self._interrupted.clear()
         self._used_at[child.release.id] = time.monotonic()
         self._tally.calls += 1
-        entry.fail(entry.todo, FailureKind.LOST, "the executor gave no outcome")  # cannot happen; better than silence
+        entry.fail(entry.todo, FailureKind.UNSURE, "the executor gave no outcome")  # cannot happen; better than silence
 
     def _bury(self, child: Child) -> None:
         """An executor is gone: what it finished counts, who was running is charged, the rest goes to its successor."""
@@ -365,7 +366,8 @@ class ActorShell:
         elif not child.planned_end:
             self._tally.crashes += 1
             entry.fail(tasks, FailureKind.CRASHED if len(tasks) == 1 else FailureKind.SUSPECT, how)
-        # whoever else was running when the actor itself ended the executor is innocent: it stays in the queue
+        # whoever else was running when the actor itself ended the executor is innocent, but it has started
+        entry.fail([task for task in tasks if task in entry.todo], FailureKind.UNSURE, "ended because of another task")
 
     def _count_idle_death(self, entry: Entry, child: Child, how: str) -> None:
         """An executor that dies twice around the bodies of one call has been ended by that call all the same."""
@@ -389,9 +391,13 @@ class ActorShell:
 
     # limits and cancellation
 
-    def _cancel(self, entry: Entry, tokens: list[str]) -> None:
-        now = time.monotonic()
-        entry.cancelled.update({token: now for token in tokens if token not in entry.cancelled})
+    def _cancel(self, entry: Entry, tokens: list[str], how: Reason = Reason.CANCEL) -> None:
+        if how is Reason.SOFT_LIMIT:
+            running = self._running_tokens(entry)
+            entry.softened |= running.intersection(tokens)
+            tokens = [token for token in tokens if token not in running]
+        since = -math.inf if how is Reason.KILL else time.monotonic()
+        entry.cancelled.update({token: min(since, entry.cancelled.get(token, since)) for token in tokens})
         if self._active is not None and self._active[0] is entry:
             for index, task in enumerate(entry.sent):
                 if task.token in tokens:
@@ -410,13 +416,14 @@ class ActorShell:
         ran_s = now - running.started_ns / 1e9
         cancelled = [entry.cancelled[task.token] for task in tasks if task.token in entry.cancelled]
         alone = len(tasks) == 1  # one cancelled task of a shared run ends when the run ends
+        softened = alone and tasks[0].token in entry.softened
         if alone and cancelled and now - cancelled[0] > self._limits.grace_s:
             child.kill("cancelled", running.serial)
         elif _exceeded(ran_s, [task.hard_limit_s for task in tasks]):
             child.kill("hard limit", running.serial)
         elif alone and cancelled:
             self._interrupt(child, running.serial, Reason.CANCEL, now)
-        elif _exceeded(ran_s, [task.soft_limit_s for task in tasks]):
+        elif softened or _exceeded(ran_s, [task.soft_limit_s for task in tasks]):
             self._interrupt(child, running.serial, Reason.SOFT_LIMIT, now)
 
     def _interrupt(self, child: Child, serial: int, reason: Reason, now: float) -> None:
@@ -436,23 +443,23 @@ class ActorShell:
                 for limit in (task.soft_limit_s, task.hard_limit_s):
                     if limit:
                         times.append(limit - ran_s if limit > ran_s else RESEND_S)
-            if entry.cancelled:
+            if entry.cancelled or entry.softened:
                 times.append(RESEND_S)
         return max(0.001, min(times))
 
     # answers
 
     def _reply(self, entry: Entry) -> Reply:
-        running: frozenset[str] = frozenset()
         if self._active is not None and self._active[0] is entry:
             self._take(entry, self._active[1], [])
-            now = self._active[1].running()
-            if now is not None:
-                running = frozenset(task.token for task in entry.sent[now.first : now.first + now.size])
-        answers = entry.deliver(self._limits.inline_bytes, running, self._large)
+        answers = entry.deliver(self._limits.inline_bytes, self._running_tokens(entry), self._large)
         if entry.is_delivered:
             self._entries.pop(entry.call.id, None)
         return Reply(answers, self._queue_s())
+
+    def _running_tokens(self, entry: Entry) -> frozenset[str]:
+        now = self._active[1].running() if self._active is not None and self._active[0] is entry else None
+        return frozenset(task.token for task in entry.sent[now.first : now.first + now.size]) if now else frozenset()
 
     def _queue_s(self) -> float:
         waiting = sum(entry.call.estimate_s for entry in self._queue)
@@ -461,7 +468,9 @@ class ActorShell:
     def _health(self, release: str) -> Health:
         child = self._children.get(release)
         ready = child.ready if child else None
-        if ready is not None:
+        if self._closing:
+            state, reason = ActorState.DRAINING, "finishes what it has, then ends"
+        elif ready is not None:
             state, reason = ActorState.READY, ""
         elif release in self._reasons:
             state, reason = ActorState.FAILING, self._reasons[release]

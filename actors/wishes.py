@@ -57,6 +57,8 @@ class Wishes:
     def _retry(
         self, task: Any, args: Any = None, kwargs: Any = None, exc: Any = None, throw: bool = True, **options: Any
     ) -> Any:
+        if task.request.called_directly:  # by another body, as a function: Celery's own rule, too
+            raise exc or Retry("Task can be retried", None)
         limit = task.max_retries if options.get("max_retries") is None else options["max_retries"]
         if limit is not None and task.request.retries >= limit:  # Celery's own rule, so that the body sees its outcome
             if exc is not None:

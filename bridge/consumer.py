@@ -4,6 +4,8 @@ Everything reaches the pool through the consumer's `on_task_request`: direct, ET
 grows by one per GPU task held unacknowledged, by Celery's own mechanism for ETA tasks, and shrinks with them.
 """
 
+import signal
+from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import TaskRevokedError
@@ -23,15 +25,18 @@ class HybridConsumer:
     app: Any
     controller: Any
     task_consumer: Any
+    timer: Any
+    prefetch_multiplier: int
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
         self._on_cpu_request = on_task_request
         self._slots = LaxBoundedSemaphore(kwargs["pool"].gpu_slots)
         self._held: dict[Any, Any] = {}  # request -> the qos object it has widened
+        self._waiting: dict[Any, GpuRequest] = {}  # requests in the driver that no actor has taken
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
     def _route(self, request: Any) -> None:
-        if request.name not in self.pool.marks:
+        if not self.pool.is_gpu(request):
             self._on_cpu_request(request)
             return
         self._widen(request)
@@ -47,12 +52,34 @@ class HybridConsumer:
             self._end(request)
             raise
         else:
-            handle.on_accepted = lambda: self._narrow(request) if request.acknowledged else None
+            handle.on_accepted = lambda: self._accepted(request)
             handle.on_end = lambda: self._end(request)
+            self._waiting[request] = handle
+            if request.expires:
+                now = datetime.now(UTC if request.expires.tzinfo else None)
+                self.timer.call_after((request.expires - now).total_seconds(), self._withdraw, (request,))
+
+    def _accepted(self, request: Any) -> None:
+        self._waiting.pop(request, None)
+        if request.acknowledged:
+            self._narrow(request)
 
     def _end(self, request: Any) -> None:
+        self._waiting.pop(request, None)
         self._narrow(request)
         self._slots.release()
+
+    def withdraw_revoked(self) -> None:
+        """Take back what waits for a GPU and has been revoked meanwhile: by id or by a stamped header."""
+        for request in list(self._waiting):
+            self._withdraw(request)
+
+    def _withdraw(self, request: Any) -> None:
+        """Celery looks again whether a request is revoked or has expired, and announces it; then it is taken back."""
+        handle = self._waiting.get(request)
+        if handle is not None and request.revoked():
+            del self._waiting[request]
+            handle.terminate(signal.SIGTERM)
 
     def _widen(self, request: Any) -> None:
         """Let one more message in for this one, while it is neither acknowledged nor one of a CPU child's share."""
@@ -62,7 +89,7 @@ class HybridConsumer:
 
     def _prefetch_is_fixed(self) -> bool:
         """RabbitMQ's quorum queues: a live consumer cannot change its prefetch count."""
-        return self.connection.transport.driver_type == "amqp" and self.qos_global is False
+        return self.qos_global is False and self.connection.transport.driver_type == "amqp"
 
     def _narrow(self, request: Any) -> None:
         qos = self._held.pop(request, None)
@@ -78,7 +105,7 @@ class HybridConsumer:
 
     def _has_room(self) -> bool:
         reserved = tuple(reserved_requests)
-        gpu = sum(1 for request in reserved if request.name in self.pool.marks)
+        gpu = sum(self.pool.is_gpu(request) for request in reserved)
         children: int = getattr(self.controller, "max_concurrency", None) or self.pool.num_processes
         has_room: bool = gpu < self.pool.gpu_slots and len(reserved) - gpu < children
         return has_room
@@ -87,8 +114,24 @@ class HybridConsumer:
         """The connection is gone: what has not started will be delivered again."""
         super().on_close()  # type: ignore[misc]
         self._held.clear()
+        self._waiting.clear()
         self._slots.clear()
         self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)
+
+    def cancel_active_requests(self) -> None:
+        """Soft and cold shutdown: nothing has been read during the wait, so hear first what has finished."""
+        self.pool.gpu.on_readable()
+        super().cancel_active_requests()  # type: ignore[misc]
+
+    @property
+    def initial_prefetch_count(self) -> int:
+        """The prefetch count a connection starts with; where it cannot change later, the slots are in it."""
+        fixed = self._initial_prefetch_count and self._prefetch_is_fixed()
+        return self._initial_prefetch_count + (self.pool.gpu_slots if fixed else 0)
+
+    @initial_prefetch_count.setter
+    def initial_prefetch_count(self, value: int) -> None:
+        self._initial_prefetch_count = value
 
 
 class HybridAutoscaler:
@@ -99,8 +142,7 @@ class HybridAutoscaler:
     @property
     def qty(self) -> int:
         """CPU tasks reserved."""
-        marks = self.pool.marks
-        return sum(1 for request in tuple(reserved_requests) if request.name not in marks)
+        return sum(not self.pool.is_gpu(request) for request in tuple(reserved_requests))
 
 
 def hybrid_consumer(base: type) -> type:

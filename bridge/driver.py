@@ -18,7 +18,7 @@ from collections import deque
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
-from billiard.exceptions import Terminated
+from billiard.exceptions import Terminated, WorkerLostError
 from billiard.pool import MaybeEncodingError
 from celery.concurrency.prefork import process_initializer
 
@@ -33,6 +33,7 @@ from actors.contract import (
     Large,
     Outcome,
     Pending,
+    Reason,
     Reply,
     Succeeded,
     TaskCall,
@@ -41,7 +42,7 @@ from bridge import link as messages
 from bridge.auth import use_token
 from bridge.errors import BridgeError, ClusterUnavailable, StartupError, TaskPoisoned
 from bridge.link import Link
-from bridge.marks import Mark, find_marks
+from bridge.marks import Mark, find_marks, map_marks
 from bridge.scheduler import (
     ActorLost,
     ActorReady,
@@ -68,6 +69,8 @@ EXIT_CLUSTER_LOST = 75
 EXIT_NOT_STARTED = 76
 #: The worker hears of the driver at least this often, in seconds; silence means that it is stuck.
 REPORT_S = 5.0
+#: How a task is cancelled by signals that mean something to a prefork child; any other interrupts its body.
+_BY_SIGNAL: dict[int, Reason] = {signal.SIGUSR1: Reason.SOFT_LIMIT, signal.SIGKILL: Reason.KILL}
 #: Reruns after losses nobody is to blame for, before the task fails instead of going round for ever.
 MAX_LOSSES = 10
 
@@ -80,7 +83,7 @@ class Driver:
     ) -> None:
         self.id = uuid.uuid4().hex[:12]
         self._app = app
-        self._marks = marks
+        self._marks = marks | map_marks()
         self._highest_first = app.connection_for_read().transport.driver_type == "amqp"  # Redis: 0 goes first
         self._settings: Settings = settings()
         self._link = Link(sock)
@@ -176,13 +179,16 @@ class Driver:
                         logger.exception("a request could not be taken")
                         self._tasks.pop(serial, None)
                         self._send(messages.Ended(serial, einfo(error)))
-                case messages.Cancel(serial):
+                case messages.Cancel(serial, signum):
                     if serial in self._tasks:
                         self._tasks[serial].cancelled = True
+                        self._tasks[serial].how = _BY_SIGNAL.get(signum, Reason.CANCEL)
                         self._schedule(TaskCancelled(self._tasks[serial].token))
                 case messages.Flush():
                     for task in [task for task in self._tasks.values() if not task.announced]:
                         self._schedule(TaskCancelled(task.token))
+                case messages.RestartActors():
+                    self._fleet.restart_actors()
                 case messages.Stop():
                     self._stopping = True
                 case messages.Unreadable(serial, reason):
@@ -195,8 +201,8 @@ class Driver:
         while self._inbox:
             event = self._inbox.popleft()
             match event:
-                case fleet.Replied(call, reply, reason):
-                    self._replied(call, reply, reason)
+                case fleet.Replied(call, reply, reason, sent):
+                    self._replied(call, reply, reason, FailureKind.UNSURE if sent else FailureKind.LOST)
                 case fleet.Fetched(token, data):
                     self._fetched(token, data)
                 case fleet.SlotChanged(slot, health, reason):
@@ -275,7 +281,7 @@ class Driver:
                 case StartCall(actor, call, tokens, estimate_s):
                     self._start_call(actor, call, tokens, estimate_s)
                 case Interrupt(actor, call, token):
-                    self._fleet.cancel(actor, f"{self.id}.{call}", [token])
+                    self._fleet.cancel(actor, f"{self.id}.{call}", [token], self._by_token[token].how)
                 case Drop(token):
                     if drop:
                         self._end(self._by_token[token], einfo(Terminated(signal.SIGTERM)))
@@ -324,13 +330,13 @@ class Driver:
 
     # ---- outcomes
 
-    def _replied(self, call_id: str, reply: Reply | Busy | None, reason: str) -> None:
+    def _replied(self, call_id: str, reply: Reply | Busy | None, reason: str, without: FailureKind) -> None:
         if call_id not in self._calls:
             return
         actor, call = self._calls[call_id]
         if reply is None:
             self._lose_actor(actor, reason)
-            reply = Reply(tuple(Failed(t.token, FailureKind.LOST, "LOST", reason) for t in call.tasks), 0.0)
+            reply = Reply(tuple(Failed(t.token, without, without.name, reason) for t in call.tasks), 0.0)
         elif isinstance(reply, Busy):
             self._put_back(call_id, actor, call)
             return
@@ -366,12 +372,12 @@ class Driver:
             elif not isinstance(answer, Pending):
                 self._finish(actor, answer)
             elif task is not None and task.cancelled:
-                self._fleet.cancel(actor, call_id, [answer.token])  # the first cancel may have overtaken the call
+                self._fleet.cancel(actor, call_id, [answer.token], task.how)  # the first may have overtaken the call
             elif task is not None and answer.wishes:
                 self._tracing.resume(task, answer)
 
     def _fetched(self, token: str, data: bytes | None) -> None:
-        lost = Failed(token, FailureKind.LOST, "LOST", "a large result was lost with its actor")
+        lost = Failed(token, FailureKind.UNSURE, "UNSURE", "a large result was lost with its actor")
         actor = self._fetching.pop(token, None)
         if actor is not None:
             self._finish(actor, pickle.loads(data) if data is not None else lost)
@@ -389,10 +395,16 @@ class Driver:
         match outcome.kind:
             case FailureKind.CRASHED:
                 self._crashed(task, outcome)
-            case FailureKind.SUSPECT:
+            case FailureKind.SUSPECT if self._may_run_twice(task):
                 self._again(task, alone=True)
+            case FailureKind.SUSPECT:
+                self._lose(task, f"the executor died while a batch ran that it was part of: {outcome.message}")
             case FailureKind.LOST:
                 self._lost(task, actor, outcome)
+            case FailureKind.UNSURE if self._may_run_twice(task):
+                self._lost(task, actor, outcome)
+            case FailureKind.UNSURE:
+                self._lose(task, f"the GPU actor was lost while the task ran, or may have run: {outcome.message}")
             case FailureKind.HARD_LIMIT:
                 self._tracing.stop(task)
                 self._answer(task, messages.TimedOut(task.run.serial, task.run.hard_limit_s or 0.0))
@@ -408,10 +420,21 @@ class Driver:
             "%s[%s] was running when its executor died (%s): crash %d of %d",
             task.run.task, task.run.id, outcome.message, task.crashes, limit,
         )  # fmt: skip
-        if task.crashes >= limit:
+        if self._app.tasks[task.run.task].retry_on_worker_lost or not self._may_run_twice(task):
+            self._lose(task, f"the executor died while the task ran: {outcome.message}")
+        elif task.crashes >= limit:
             self._tracing.resume(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
         else:
             self._again(task, alone=True)
+
+    def _may_run_twice(self, task: TracedTask) -> bool:
+        """Celery's promise: only with late acknowledgement may a task run again after its process was lost."""
+        celery_task = self._app.tasks[task.run.task]
+        return bool(celery_task.acks_late) and celery_task.reject_on_worker_lost is not False
+
+    def _lose(self, task: TracedTask, reason: str) -> None:
+        """Hand a task that must not run again to Celery's own rules for a lost worker."""
+        self._end(task, einfo(WorkerLostError(reason)))
 
     def _lost(self, task: TracedTask, actor: int, outcome: Failed) -> None:
         task.losses += 1

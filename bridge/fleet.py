@@ -18,7 +18,7 @@ import ray
 import ray.exceptions
 
 from actors import gpu_actor
-from actors.contract import PROTOCOL, Busy, Call, Config, Health, Reply
+from actors.contract import PROTOCOL, ActorState, Busy, Call, Config, Health, Reason, Reply
 from actors.entries import Limits
 from bridge.auth import TOKEN_FILE, use_token
 from bridge.errors import (
@@ -74,6 +74,7 @@ class Replied(NamedTuple):
     call: str
     reply: Reply | Busy | None
     reason: str
+    sent: bool = True  # False when it never left this process
 
 
 class Fetched(NamedTuple):
@@ -95,6 +96,8 @@ class _Slot:
         self.heard_at = time.monotonic()
         self.asked = False  # a hello or beat is on its way
         self.greeted = False
+        self.pid = 0  # of the actor's process, once heard
+        self.ready = False
 
 
 class Fleet:
@@ -111,6 +114,7 @@ class Fleet:
         self._events: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fleet-large")
         self._address = ""
+        self._to_restart: dict[int, int] = {}  # slot -> pid of the actor that is to go
 
     def start(self, notify: Notify, patient: bool) -> None:
         """Connect in the background; a `patient` fleet waits for a cluster for ever."""
@@ -135,10 +139,14 @@ class Fleet:
         """Get a large outcome; it arrives as Fetched."""
         self._pool.submit(self._fetch, slot, token)
 
-    def cancel(self, slot: int, call: str, tokens: list[str]) -> None:
+    def cancel(self, slot: int, call: str, tokens: list[str], how: Reason) -> None:
         """Withdraw or interrupt tasks of a call; their outcomes say what became of them."""
         if slot in self._slots:
-            self._slots[slot].handle.cancel.remote(call, tokens)
+            self._slots[slot].handle.cancel.remote(call, tokens, how)
+
+    def restart_actors(self) -> None:
+        """Drain and restart the actors that are there now, one at a time; also when other drivers are told the same."""
+        self._events.put((-1, None))
 
     def close(self) -> None:
         """Leave the cluster; actors stay warm."""
@@ -154,7 +162,7 @@ class Fleet:
         try:
             ref = submit(self._slots[slot].handle)
         except Exception as error:
-            self._notify(Replied(call, None, as_text(error)))
+            self._notify(Replied(call, None, as_text(error), sent=False))
             return
         _when_done(ref, lambda value, error: self._notify(Replied(call, value, error)))
 
@@ -186,7 +194,10 @@ class Fleet:
                 answer = self._events.get(timeout=max(0.0, next_beat - time.monotonic()))
                 if answer is None:
                     return
-                self._guard(self._hear, *answer)
+                if answer[0] < 0:
+                    self._to_restart = {number: slot.pid for number, slot in self._slots.items() if slot.pid}
+                else:
+                    self._guard(self._hear, *answer)
                 continue
             except queue.Empty:
                 next_beat = time.monotonic() + self._settings.beat_s
@@ -195,6 +206,7 @@ class Fleet:
                 self._notify(ClusterLost())
                 return
             if not failed_probes:  # with the head away a look-up would hang
+                self._guard(self._restart_next)
                 self._guard(self._beat)
 
     def _guard(self, step: Callable[..., None], *args: Any) -> None:
@@ -247,6 +259,17 @@ class Fleet:
             if slot.asked and time.monotonic() - slot.heard_at > SILENT_S:
                 self._notify(SlotChanged(number, None, waits if not slot.greeted else "does not answer"))
 
+    def _restart_next(self) -> None:
+        """One actor at a time: the next one is drained when the one before is ready again."""
+        for number, pid in list(self._to_restart.items()):
+            slot = self._slots.get(number)
+            if slot is not None and slot.pid == pid:
+                slot.handle.drain.remote()
+                return
+            if slot is None or not slot.ready:
+                return
+            del self._to_restart[number]  # it is another one by now
+
     def _create(self, slot: int) -> Any:
         s = self._settings
         limits = Limits(s.inline_limit_bytes, s.queued_tasks, s.reply_after_s, s.lease_s, s.keep_warm_s, s.grace_s)
@@ -269,7 +292,9 @@ class Fleet:
         slot = self._slots[number]
         slot.asked = False
         slot.heard_at = time.monotonic()
+        slot.ready = isinstance(answer, Health) and answer.state is ActorState.READY
         if isinstance(answer, Health):
+            slot.pid = answer.pid
             slot.greeted = answer.knows_release  # an actor that came back has forgotten it
             self._notify(SlotChanged(number, answer, ""))
         else:

@@ -5,6 +5,7 @@ costs only itself. Writes are partial and buffered; a burst of messages leaves i
 """
 
 import pickle
+import signal
 import socket
 import struct
 from collections import deque
@@ -32,13 +33,20 @@ class Run(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Worker to driver: this request is no longer wanted; a running body is interrupted."""
+    """Worker to driver: this request is no longer wanted; a running body is interrupted, as the signal says."""
 
     serial: int
+    signum: int = signal.SIGTERM
 
 
 class Flush(NamedTuple):
     """Worker to driver: forget what has not started; the broker will send it again."""
+
+    serial: int = 0
+
+
+class RestartActors(NamedTuple):
+    """Worker to driver: drain and restart the actors, one at a time."""
 
     serial: int = 0
 

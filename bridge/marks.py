@@ -18,6 +18,10 @@ from bridge.errors import ConfigurationInvalid
 
 logger = get_logger(__name__)
 
+#: Celery's own tasks that call another task's body for each item (`task.map`, `task.starmap`, `task.chunks`): such a
+#: message is a GPU task if the task it names is one.
+MAPS = ("celery.map", "celery.starmap")
+
 
 class Gpu(BaseModel):
     """Options of one GPU task: ``@app.task(gpu=Gpu(memory="2GiB"))``. Unknown options fail where they are written."""
@@ -75,6 +79,21 @@ def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]
             )
         marks[task.name] = Mark(name=task.name, gpu=gpu, batch=batch_of(innermost(task)), configured=configured)
     return marks
+
+
+def map_marks() -> dict[str, Mark]:
+    """What `MAPS` are to driver and executor, which get only those over GPU tasks."""
+    return {name: Mark(name=name, gpu=Gpu(), batch=None, configured=False) for name in MAPS}
+
+
+def is_gpu(marks: dict[str, Mark], name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a message with these decoded arguments is a GPU task."""
+    if name in marks:
+        return True
+    if name not in MAPS or not marks:
+        return False
+    inner = kwargs.get("task") if kwargs else args[0] if args else None
+    return isinstance(inner, dict) and inner.get("task") in marks
 
 
 @signals.celeryd_after_setup.connect

@@ -11,10 +11,11 @@ from celery.concurrency.prefork import TaskPool, _run_ready_callbacks
 from kombu.asynchronous import get_event_loop, set_event_loop
 from kombu.utils.imports import symbol_by_name
 
+from bridge import control  # noqa: F401 - registers remote commands
 from bridge.banner import Progress, gpu_banner
 from bridge.consumer import hybrid_autoscaler, hybrid_consumer
 from bridge.errors import StartupError, TransportUnsupported
-from bridge.marks import find_marks
+from bridge.marks import MAPS, find_marks, is_gpu
 from bridge.settings import settings
 from bridge.supervisor import DriverSupervisor, GpuRequest
 
@@ -56,7 +57,7 @@ class HybridPool(TaskPool):
             self._cpu_flush = self.flush  # prefork has put it on the instance
             self.flush = self._flush
             if self.marks:
-                self.gpu.start(self.marks)
+                self.gpu.start([*self.marks, *MAPS])
                 with Progress() as progress:
                     self.gpu.wait_until_ready(progress.say)
         except StartupError as error:
@@ -119,9 +120,15 @@ class HybridPool(TaskPool):
 
     # ---- tasks
 
+    def is_gpu(self, request: Any) -> bool:
+        """Whether a request of the worker is a GPU task."""
+        return request.name in self.marks or (
+            request.name in MAPS and is_gpu(self.marks, request.name, request.args, request.kwargs)
+        )
+
     def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send a marked task to the driver and any other to a child."""
-        if not args or args[0] not in self.marks:
+        if not args or not is_gpu(self.marks, args[0], args[2].get("args"), args[2].get("kwargs")):
             return super().apply_async(target, args, kwargs, **options)
         name, task_id, request, body, content_type, content_encoding = args
         return self.apply_gpu(name, task_id, request, body, content_type, content_encoding, options)
@@ -148,8 +155,13 @@ class HybridPool(TaskPool):
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
+        info["gpu"] = self.gpu_info()
+        return info
+
+    def gpu_info(self) -> dict[str, Any]:
+        """Cluster, driver, slots and actors as JSON-able data: ``inspect gpu``, and a part of ``inspect stats``."""
         report = self.gpu.report
-        info["gpu"] = {
+        return {
             "cluster": report.get("cluster", {}).get("address", ""),
             "nodes": report.get("cluster", {}).get("nodes", 0),
             "gpus": report.get("cluster", {}).get("gpus", 0),
@@ -160,7 +172,6 @@ class HybridPool(TaskPool):
             "running": self.gpu.running,
             "actors": [_jsonable(actor) for actor in report["actors"]],
         }
-        return info
 
 
 def _jsonable(actor: dict[str, Any]) -> dict[str, Any]:

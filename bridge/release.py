@@ -6,6 +6,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from actors.contract import Config, Release
 from bridge.errors import AppNotImportable
 from bridge.settings import Settings
+
+#: Variables of the worker that executors get, always; all others they have from `ray start` on their node.
+_ENVIRONMENT = ("CELERY_*", "DJANGO_*", "FLASK_*")
 
 
 def make_config(app: Any, tasks: Iterable[str], settings: Settings) -> Config:
@@ -39,8 +43,9 @@ def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
     includes = tuple(sorted({type(app.tasks[name]).__module__ for name in tasks} - {"__main__"}))
     sys_path = tuple(str(Path(entry or ".").resolve()) for entry in sys.path)
     name = settings.release or _digest(module, script, tasks, sys_path)
+    patterns = [*_ENVIRONMENT, *settings.environment]
     environment = tuple(
-        (key, value) for key, value in sorted(os.environ.items()) if key.startswith(("CELERY_", "DJANGO_"))
+        (key, value) for key, value in sorted(os.environ.items()) if any(fnmatchcase(key, each) for each in patterns)
     )
     return Release(name, f"{module}:{attribute}", script, sys_path, str(Path.cwd()), includes, tasks, environment)
 

@@ -37,6 +37,11 @@ class Settings(BaseSettings):
     max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
     gpu_memory_limit: str = Field("90%", description="limit of CuPy's memory pool: bytes, or a share such as 90%")
     actor_cpus: float = Field(1.0, ge=0, description="CPUs each GPU actor reserves in Ray")
+    environment: list[str] = Field(
+        [],
+        description="JSON list of glob patterns: variables of the worker that executors get beyond CELERY_*, DJANGO_*, "
+        "FLASK_*; all others they have from `ray start`",
+    )
     release: str | None = Field(
         None, description="name of the code version; default: a digest of the modules the app has imported"
     )

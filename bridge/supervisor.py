@@ -21,7 +21,21 @@ from celery.worker import state as worker_state
 from actors.contract import ActorState, Config
 from bridge import driver, errors
 from bridge.errors import ActorNotReady, GpuOutOfMemory, StartupError
-from bridge.link import Accepted, Cancel, Done, Ended, Flush, Link, Report, Returned, Run, Stop, TimedOut, Unreadable
+from bridge.link import (
+    Accepted,
+    Cancel,
+    Done,
+    Ended,
+    Flush,
+    Link,
+    Report,
+    RestartActors,
+    Returned,
+    Run,
+    Stop,
+    TimedOut,
+    Unreadable,
+)
 from bridge.release import make_config
 from bridge.settings import Settings
 
@@ -142,6 +156,9 @@ class DriverSupervisor:
     def register(self, hub: Any) -> None:
         """Serve the link on the worker's event loop; again after each reconnect to the broker."""
         self._hub = hub
+        self._flushes_later = False  # a lost connection may have taken our timers with its own
+        if self._restart_at is not None:
+            hub.call_later(max(0.0, self._restart_at - time.monotonic()), self._restart)
         self._register()
 
     def stop(self) -> None:
@@ -159,6 +176,13 @@ class DriverSupervisor:
         """End the driver and start another; what had started follows Celery's rules for a lost worker."""
         if self._process is not None and self._process.is_alive():
             os.kill(self._process.pid, signal.SIGKILL)  # its death is read from the link, and handled as any other
+
+    def restart_actors(self) -> bool:
+        """Let the driver restart the actors, one at a time; False while there is no driver."""
+        if self._link is None:
+            return False
+        self._send(RestartActors())
+        return True
 
     def kill(self) -> None:
         """End the driver at once."""
@@ -218,9 +242,9 @@ class DriverSupervisor:
                 del self._requests[serial]
         self._send(Flush())
 
-    def _cancel(self, request: GpuRequest, _signum: int) -> None:
+    def _cancel(self, request: GpuRequest, signum: int) -> None:
         if request.run.serial in self._requests and not self._busy:
-            self._send(Cancel(request.run.serial))
+            self._send(Cancel(request.run.serial, signum))
 
     # ---- the link
 

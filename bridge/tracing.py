@@ -15,10 +15,10 @@ from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
-from actors.contract import Outcome, Pending
+from actors.contract import Outcome, Pending, Reason
 from bridge.errors import BridgeError
 from bridge.link import Done, Ended, Run
-from bridge.marks import Mark
+from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
 from bridge.validation import Check, checker
 
@@ -37,6 +37,7 @@ class TracedTask:
         "attempt",
         "cancelled",
         "crashes",
+        "how",
         "losses",
         "payload",
         "run",
@@ -53,6 +54,7 @@ class TracedTask:
         self.accepted = False  # its call is with an actor
         self.announced = False  # the worker has been told so, once or more
         self.cancelled = False  # the worker has given it up: it must not run again
+        self.how = Reason.CANCEL  # and in this way
         self.crashes = self.losses = 0
 
 
@@ -142,17 +144,24 @@ def einfo(error: BaseException) -> ExceptionInfo:
 
 def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], validate_configured: bool) -> None:
     """Put `forward` in the place of every marked body; to be done before the first tracer is built."""
-    for name, mark in marks.items():
+    checks = {
+        name: checker(name, innermost(app.tasks[name]))
+        for name, mark in marks.items()
+        if validate_configured or not mark.configured
+    }
+    for name in [*marks, *MAPS]:
         task = app.tasks[name]
         body = innermost(task)
-        check = None if is_pydantic(task) or (mark.configured and not validate_configured) else checker(name, body)
+        has_own_check = is_pydantic(task)
 
         def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
             return forward(_name, _body, *args, **kwargs)
 
         replace_innermost(task, stand_in)
-        if check is not None:
-            task.run = _checked(check, task.run)
+        if name in MAPS:
+            task.run = _checked_items(checks, task.run, starred=name == "celery.starmap")
+        elif name in checks and not has_own_check:
+            task.run = _checked(checks[name], task.run)
         if has_custom_call(task):
             without_custom_call(task)  # it runs in the executor, around the body
 
@@ -163,5 +172,18 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = check(args, kwargs)
         return run(*args, **kwargs)
+
+    return checked
+
+
+def _checked_items(checks: dict[str, Check], run: Callable[..., Any], starred: bool) -> Callable[..., Any]:
+    """For `MAPS`: each item is the one argument, or if `starred` all positional ones, of the task they name."""
+
+    def checked(task: dict[str, Any], it: Any) -> Any:
+        check = checks.get(task["task"])
+        if check is not None:
+            rows = [check(tuple(item) if starred else (item,), {})[0] for item in it]
+            it = rows if starred else [row[0] for row in rows]
+        return run(task, it)
 
     return checked

@@ -30,7 +30,7 @@ class SaidFleet:
     def fetch(self, slot, token):
         self.fetched.append(token)
 
-    def cancel(self, slot, call, tokens):
+    def cancel(self, slot, call, tokens, how):
         self.cancelled += tokens
 
 

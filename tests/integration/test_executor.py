@@ -188,12 +188,17 @@ def bad_progress(self):
     self.update_state(state="PROGRESS", meta={"done": threading.Lock()})
     return "done"
 
-@app.task
+@app.task(acks_late=True)
 def no_memory(path):
     note(path)
     raise MemoryError("no room")
 
 @app.task
+def no_memory_early(path):
+    note(path)
+    raise MemoryError("no room")
+
+@app.task(acks_late=True)
 def no_memory_once(path):
     note(path)
     if len(open(path).readlines()) == 1:
@@ -343,6 +348,7 @@ TASKS = [
     "echo", "pid", "version", "segfault", "segfault_times", "hold", "raises", "exits", "hard_exit", "stuck_in_c",
     "stubborn", "leaves_child", "fork_and_exit", "moves", "cwd", "prints", "logs", "closes_files", "big",
     "returns_lock", "who", "in_context", "retries", "progress", "bad_progress", "no_memory", "no_memory_once", "waits",
+    "no_memory_early",
     "catches", "busy_with_locks", "logs_under_lock", "locks_are_free", "squares", "batch_segfault", "batch_sizes",
     "batch_hold", "progress_and_hold", "tells_for_ever",
 ]  # fmt: skip
@@ -644,6 +650,13 @@ def test_a_large_outcome_is_fetched_once(driver):
 def test_an_outcome_larger_than_the_journal_goes_through_the_pipe(driver):
     values = driver.values(task("big", 3_000_000), task("echo", 1), task("big", 900_000), task("big", 900_000))
     assert [len(each) if isinstance(each, str) else each for each in values] == [3_000_000, 1, 900_000, 900_000]
+
+
+def test_out_of_memory_of_a_task_acknowledged_early_is_not_tried_again(driver, tmp_path):
+    log = tmp_path / "log"
+    (once,) = driver.outcomes(task("no_memory_early", str(log)))
+    assert once.kind is FailureKind.OUT_OF_MEMORY
+    assert len(log.read_text().splitlines()) == 1, "it may have had effects before, and must not have them twice"
 
 
 def test_out_of_memory_is_tried_once_more_and_then_said(driver, path, tmp_path):
@@ -1003,7 +1016,7 @@ def test_tasks_of_a_driver_whose_lease_ran_out_are_dropped(folder, new_driver, p
     open_gate(gate)
     assert driver.value("echo", 1) == 1
     assert not Path(never).exists()
-    assert kinds(gone.collect().found.values()) == [FailureKind.LOST]
+    assert kinds(gone.collect().found.values()) == [FailureKind.UNSURE], "the actor no longer knows how far it was"
 
 
 def test_what_runs_of_a_driver_whose_lease_ran_out_is_interrupted(folder, new_driver, path):
@@ -1023,8 +1036,8 @@ def test_a_new_driver_drops_the_work_of_the_one_it_supersedes(folder, new_driver
     mine = driver.send(task("echo", 1))
     driver.shell.hello("new", "old", driver.config)
     assert kinds(mine.outcomes()) == ["succeeded"]
-    assert kinds(queued.collect().found.values()) == [FailureKind.LOST]
-    assert kinds(running.collect().found.values()) == [FailureKind.LOST]
+    assert kinds(queued.collect().found.values()) == [FailureKind.UNSURE]
+    assert kinds(running.collect().found.values()) == [FailureKind.UNSURE]
     assert not Path(never).exists()
 
 

@@ -1,5 +1,8 @@
 """What may enter the worker: slots, prefetch and autoscale per kind, with a make-believe consumer and pool."""
 
+import signal
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from celery.exceptions import TaskRevokedError
 from celery.worker import state
@@ -21,9 +24,27 @@ class Qos:
 class Handle:
     on_accepted = on_end = staticmethod(lambda: None)
 
+    def __init__(self):
+        self.terminated = []
+
+    def terminate(self, signum):
+        self.terminated.append(signum)
+
+
+class Timer:
+    def __init__(self):
+        self.calls = []
+
+    def call_after(self, seconds, function, args):
+        self.calls.append((seconds, lambda: function(*args)))
+
 
 class Gpu:
     running = 0
+    reads = 0
+
+    def on_readable(self):
+        self.reads += 1
 
 
 class Pool:
@@ -32,12 +53,16 @@ class Pool:
         self.marks = {"gpu": None}
         self.gpu = Gpu()
 
+    def is_gpu(self, request):
+        return request.name in self.marks
+
 
 class Request:
     """A Celery request as far as the consumer looks at it."""
 
-    def __init__(self, name="gpu", error=None):
-        self.name, self.error = name, error
+    def __init__(self, name="gpu", error=None, expires=None):
+        self.name, self.error, self.expires = name, error, expires
+        self.is_revoked = False
         self.acknowledged = False
         self.handle = None
 
@@ -46,6 +71,9 @@ class Request:
             raise self.error
         self.handle = Handle()
         return self.handle
+
+    def revoked(self):
+        return self.is_revoked
 
     def accept(self, acknowledge=False):
         self.acknowledged = acknowledge
@@ -74,10 +102,15 @@ class BaseConsumer:
         self.on_task_request = on_task_request
         self.pool = pool
         self.qos = Qos()
-        self.closed = 0
+        self.timer = Timer()
+        self.closed = self.cancelled = 0
 
     def on_close(self):
         self.closed += 1
+
+    def cancel_active_requests(self):
+        assert self.pool.gpu.reads == 1, "what has finished must be heard before anything is cancelled"
+        self.cancelled += 1
 
 
 @pytest.fixture
@@ -208,3 +241,56 @@ def test_the_autoscaler_counts_cpu_tasks_only(monkeypatch):
     assert scaler.qty == 2
     assert hybrid_autoscaler(type(scaler)) is type(scaler)
     assert state.reserved_requests is not None
+
+
+def test_a_request_revoked_while_it_waits_for_a_gpu_is_taken_back(consumer):
+    waits, revoked, running = Request(), Request(), Request()
+    consumer._slots.initial_value = consumer._slots.value = 3
+    for request in (waits, revoked, running):
+        consumer.on_task_request(request)
+    running.accept()
+    revoked.is_revoked = running.is_revoked = True
+    consumer.withdraw_revoked()
+    consumer.withdraw_revoked()
+    assert [r.handle.terminated for r in (waits, revoked, running)] == [[], [signal.SIGTERM], []]
+
+
+@pytest.mark.parametrize("zone", [None, UTC])
+def test_expiry_is_looked_at_again_when_it_is_due(consumer, zone):
+    request = Request(expires=datetime.now(zone) + timedelta(seconds=60))
+    consumer.on_task_request(request)
+    ((seconds, fire),) = consumer.timer.calls
+    assert 58 < seconds <= 60
+    request.is_revoked = True  # Celery's own look at the clock
+    fire()
+    assert request.handle.terminated == [signal.SIGTERM]
+
+
+def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(consumer):
+    ended, started = (Request(expires=datetime.now(UTC)) for _ in range(2))
+    consumer.on_task_request(ended), consumer.on_task_request(started)
+    ended.end(), started.accept()
+    dropped = Request(expires=datetime.now(UTC))
+    consumer.on_task_request(dropped)
+    consumer.on_close()
+    for request, (_, fire) in zip((ended, started, dropped), consumer.timer.calls, strict=True):
+        request.is_revoked = True
+        fire()
+        assert request.handle.terminated == []
+
+
+def test_what_has_finished_is_heard_before_active_requests_are_cancelled(consumer):
+    consumer.cancel_active_requests()
+    assert consumer.cancelled == 1
+
+
+def test_slots_are_in_the_first_prefetch_count_where_it_cannot_change(consumer):
+    consumer.initial_prefetch_count = 8
+    assert consumer.initial_prefetch_count == 8, "Redis"
+    consumer.connection = Amqp
+    assert consumer.initial_prefetch_count == 10, "quorum queues"
+    consumer.qos_global = True
+    assert consumer.initial_prefetch_count == 8, "classic queues"
+    consumer.qos_global = False
+    consumer.initial_prefetch_count = 0
+    assert consumer.initial_prefetch_count == 0, "0 means no limit"

@@ -120,7 +120,7 @@ def test_news_wake_who_waits():
 
 
 def test_a_call_nobody_has_is_lost_task_by_task():
-    reply = lost(call("a1", "b1"), "the actor was restarted")
+    reply = lost(call("a1", "b1"), FailureKind.LOST, "the actor was restarted")
     assert [(answer.token, answer.kind) for answer in reply.answers] == [
         ("a1", FailureKind.LOST),
         ("b1", FailureKind.LOST),
