@@ -194,7 +194,7 @@ class Executor:
         token: str,
     ) -> "_Result":
         """Run a body with its request in place, interruptible, on a device that is idle again afterwards."""
-        request = Context(context, args=args, kwargs=kwargs, called_directly=False)
+        request = Context(context, args=list(args), kwargs=kwargs, called_directly=False)
         loaded.task.request_stack.push(request)
         self._token = token
         celery_state._task_stack.push(loaded.task)

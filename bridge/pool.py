@@ -28,6 +28,8 @@ DRAIN_EVERY_S = 0.5
 class HybridPool(TaskPool):
     """A worker pool that runs marked tasks on GPU actors and all others in prefork children."""
 
+    __module__ = "bridge.pool.prefork"  # Celery's Django fixup and banner look for this word to know a pool that forks
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
@@ -122,9 +124,8 @@ class HybridPool(TaskPool):
 
     def is_gpu(self, request: Any) -> bool:
         """Whether a request of the worker is a GPU task."""
-        return request.name in self.marks or (
-            request.name in MAPS and is_gpu(self.marks, request.name, request.args, request.kwargs)
-        )
+        name = request.type  # `request.name` is the shadow, a name for people
+        return name in self.marks or (name in MAPS and is_gpu(self.marks, name, request.args, request.kwargs))
 
     def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send a marked task to the driver and any other to a child."""
