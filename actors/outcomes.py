@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from actors.contract import Failed, FailureKind
 from actors.device import is_device_array
+from actors.exceptions import dumps
 from actors.interrupt import Cancelled
 from actors.wishes import ReplaceWanted, RetryWanted
 
@@ -64,7 +65,7 @@ def _pickled(error: BaseException) -> bytes | None:
     if not isinstance(error, Exception):
         return None
     try:
-        pickled = pickle.dumps(error, 5)
+        pickled = dumps(error)
         rebuilt = pickle.loads(pickled)
     except Exception:
         return None

@@ -4,11 +4,13 @@ GPU nodes need neither broker nor result backend. `self.retry` and `self.replace
 `self.update_state` and `self.send_event` let it go on. The driver grants each with the same method of the real task.
 """
 
-import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from celery.exceptions import Ignore, Retry
+from celery.utils.serialization import raise_with_context
+
+from actors.exceptions import dumps
 
 
 class Wish(NamedTuple):
@@ -46,10 +48,10 @@ class Wishes:
         if not self._wishes:
             return b""
         wishes, self._wishes = self._wishes, []
-        return pickle.dumps(wishes, 5)
+        return dumps(wishes)
 
     def _tell_now(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tell(pickle.dumps([Wish(method, args, kwargs)], 5))
+        self._tell(dumps([Wish(method, args, kwargs)]))
 
     def _record(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._wishes.append(Wish(method, args, kwargs))
@@ -58,11 +60,11 @@ class Wishes:
         self, task: Any, args: Any = None, kwargs: Any = None, exc: Any = None, throw: bool = True, **options: Any
     ) -> Any:
         if task.request.called_directly:  # by another body, as a function: Celery's own rule, too
-            raise exc or Retry("Task can be retried", None)
+            raise_with_context(exc or Retry("Task can be retried", None))
         limit = task.max_retries if options.get("max_retries") is None else options["max_retries"]
         if limit is not None and task.request.retries >= limit:  # Celery's own rule, so that the body sees its outcome
             if exc is not None:
-                raise exc
+                raise_with_context(exc)
             raise task.MaxRetriesExceededError(
                 f"Can't retry {task.name}[{task.request.id}] args:{task.request.args} kwargs:{task.request.kwargs}"
             )

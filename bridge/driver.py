@@ -186,7 +186,8 @@ class Driver:
                         self._schedule(TaskCancelled(self._tasks[serial].token))
                 case messages.Flush():
                     for task in [task for task in self._tasks.values() if not task.announced]:
-                        self._schedule(TaskCancelled(task.token))
+                        self._schedule(TaskCancelled(task.token), drop=False)
+                        self._answer(task, messages.Flushed(task.run.serial))
                 case messages.RestartActors():
                     self._fleet.restart_actors()
                 case messages.Stop():

@@ -40,7 +40,7 @@ class Cancel(NamedTuple):
 
 
 class Flush(NamedTuple):
-    """Worker to driver: forget what has not started; the broker will send it again."""
+    """Worker to driver: give back what has not started; the broker will send it again."""
 
     serial: int = 0
 
@@ -66,6 +66,12 @@ class Accepted(NamedTuple):
 
 class Returned(NamedTuple):
     """Driver to worker: an accepted task waits again, because its actor was lost; it has not started after all."""
+
+    serial: int
+
+
+class Flushed(NamedTuple):
+    """Driver to worker: this task has not started and is forgotten here."""
 
     serial: int
 

@@ -78,10 +78,11 @@ class HybridPool(TaskPool):
         self.gpu.register(loop)
 
     def on_stop(self) -> None:
-        """Warm shutdown: finish what runs, on CPU and GPU, acknowledging each task as it ends."""
+        """Warm shutdown: finish what runs, on CPU and GPU, acknowledging each task as it ends; give back what waits."""
         if self._hub is not None and get_event_loop() is None:
             set_event_loop(self._hub)  # Celery forgets it after a reconnect; late acks would wait for the whole drain
         if self.gpu.can_drain:
+            self.gpu.give_back()
             self._drain()
             super().on_stop()
             self.gpu.stop()

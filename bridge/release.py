@@ -17,6 +17,8 @@ from bridge.settings import Settings
 
 #: Variables of the worker that executors get, always; all others they have from `ray start` on their node.
 _ENVIRONMENT = ("CELERY_*", "DJANGO_*", "FLASK_*")
+#: What Celery sets for the children of one worker: no part of the app's configuration.
+_NOT_ENVIRONMENT = "CELERY_LOG_*"
 
 
 def make_config(app: Any, tasks: Iterable[str], settings: Settings) -> Config:
@@ -42,12 +44,15 @@ def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
         module = Path(script).stem
     includes = tuple(sorted({type(app.tasks[name]).__module__ for name in tasks} - {"__main__"}))
     sys_path = tuple(str(Path(entry or ".").resolve()) for entry in sys.path)
-    name = settings.release or _digest(module, script, tasks, sys_path)
     patterns = [*_ENVIRONMENT, *settings.environment]
     environment = tuple(
-        (key, value) for key, value in sorted(os.environ.items()) if any(fnmatchcase(key, each) for each in patterns)
+        (key, value)
+        for key, value in sorted(os.environ.items())
+        if any(fnmatchcase(key, each) for each in patterns) and not fnmatchcase(key, _NOT_ENVIRONMENT)
     )
-    return Release(name, f"{module}:{attribute}", script, sys_path, str(Path.cwd()), includes, tasks, environment)
+    workdir = str(Path.cwd())
+    name = settings.release or _digest(module, script, tasks, sys_path, workdir, environment)
+    return Release(name, f"{module}:{attribute}", script, sys_path, workdir, includes, tasks, environment)
 
 
 def _find(app: Any) -> tuple[str, str]:
@@ -79,9 +84,9 @@ def _named_on_the_command_line() -> str:
     return ""
 
 
-def _digest(module: str, script: str, tasks: tuple[str, ...], path: tuple[str, ...]) -> str:
-    """Changes when any module changes that the app has imported and that is not an installed package."""
-    digest = hashlib.sha256(repr((module, script, tasks, path)).encode())
+def _digest(*parts: Any) -> str:
+    """Changes with its parts and with any module that the app has imported and that is not an installed package."""
+    digest = hashlib.sha256(repr(parts).encode())
     installed = [sysconfig.get_path("stdlib"), *{sysconfig.get_path(name) for name in ("purelib", "platlib")}]
     files = {getattr(each, "__file__", None) for each in list(sys.modules.values())}
     for file in sorted(Path(name) for name in files if name and name.endswith(".py")):

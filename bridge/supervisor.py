@@ -89,6 +89,7 @@ class DriverSupervisor:
         self._busy = False  # inside a read or write: a signal handler must not enter a second time
         self._flushes_later = False
         self._stopping = False
+        self._giving_back = False
         self._restart_at: float | None = None
         self.report: dict[str, Any] = {"actors": []}
         self._driver_id = ""
@@ -231,12 +232,21 @@ class DriverSupervisor:
         """Send a request to the driver. Whatever pickling it raises passes through, and nothing is kept."""
         self._serial += 1
         request = GpuRequest(Run(serial=self._serial, lost=0, **run), callbacks, self._cancel)
-        self._send(request.run)
-        self._requests[self._serial] = request
+        if not self._giving_back:  # an ETA task that is due while the worker drains stays in the broker
+            self._send(request.run)
+            self._requests[self._serial] = request
         return request
 
+    def give_back(self) -> None:
+        """Before the end: let the driver drop what has not started; the broker will deliver it elsewhere."""
+        self._giving_back = True
+        if self._link is None:
+            self.flush_requests()
+        else:
+            self._send(Flush())
+
     def flush_requests(self) -> None:
-        """Drop what has not started: the broker will deliver it again."""
+        """Drop what has not started, at once: its connection is gone, the broker will deliver it again."""
         for serial, request in list(self._requests.items()):
             if not request.announced:  # what was announced may have been acknowledged: the broker has it no more
                 del self._requests[serial]
@@ -321,7 +331,7 @@ class DriverSupervisor:
             request.accepted = False
             return
         del self._requests[message.serial]
-        callbacks = request.callbacks
+        callbacks = request.callbacks  # none is called for Flushed: the broker still has the message
         match message:
             case Done(_, result):
                 _call(callbacks["callback"], _without_memory_error(result))
@@ -375,6 +385,8 @@ class DriverSupervisor:
             _call(request.callbacks["error_callback"], _einfo(error))
             _call(request.on_end)
         self.report = {**self.report, "actors": []}
+        if self._giving_back:
+            self.flush_requests()
         self._schedule_restart()
 
     def _schedule_restart(self) -> None:

@@ -4,6 +4,7 @@ The tracer is synchronous; when it comes to the body, `forward` gives the loop b
 the only place where a task's greenlet switches, so no two tasks ever interleave inside Celery's or the user's code.
 """
 
+import inspect
 import logging
 import pickle
 import time
@@ -157,6 +158,8 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
         def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
             return forward(_name, _body, *args, **kwargs)
 
+        # Task.retry merges new arguments with the message's by the signature it finds.
+        stand_in.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
         replace_innermost(task, stand_in)
         if name in MAPS:
             task.run = _checked_items(checks, task.run, starred=name == "celery.starmap")
@@ -173,6 +176,7 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
         args, kwargs = check(args, kwargs)
         return run(*args, **kwargs)
 
+    checked.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
     return checked
 
 

@@ -88,11 +88,17 @@ def test_an_exception_arrives_with_its_class_and_the_remote_traceback(worker, se
     assert "tests/apps/shop.py" in traceback
 
 
-def test_an_exception_that_cannot_be_pickled_keeps_its_text(worker, send):
+def test_an_exception_that_cannot_be_unpickled_keeps_class_and_arguments(worker, send):
     name, arguments, traceback = failure(send("fails_unpicklable"))
-    assert name == "RemoteTaskError"
-    assert arguments[0].endswith("Unpicklable") and arguments[1] == "odd"
+    assert (name, list(arguments)) == ("Unpicklable", ["odd"])
     assert 'raise Unpicklable("odd", two=2)' in traceback
+
+
+def test_an_exception_of_a_class_nobody_else_can_find_keeps_its_text(worker, send):
+    name, arguments, traceback = failure(send("fails_locally"))
+    assert name == "RemoteTaskError"
+    assert arguments[0].endswith("Local") and arguments[1] == "here only"
+    assert "raise local_error()" in traceback
 
 
 def test_a_value_that_cannot_be_sent_is_an_error_that_says_so(worker, send):

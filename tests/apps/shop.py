@@ -48,6 +48,15 @@ class Unpicklable(Exception):
         self.lock = threading.Lock()
 
 
+def local_error():
+    """An exception whose class no other process can find."""
+
+    class Local(Exception):
+        pass
+
+    return Local("here only")
+
+
 class InContext(Task):
     """The Flask pattern: a context around every body."""
 
@@ -129,6 +138,11 @@ def fails(code):
 @app.task(name="shop.fails_unpicklable", gpu=True)
 def fails_unpicklable():
     raise Unpicklable("odd", two=2)
+
+
+@app.task(name="shop.fails_locally", gpu=True)
+def fails_locally():
+    raise local_error()
 
 
 @app.task(name="shop.returns_lock", gpu=True)

@@ -1,0 +1,39 @@
+"""Exceptions across processes: also those that Python's pickle can write and not read.
+
+An exception whose ``__init__`` takes other arguments than it hands to ``super().__init__`` cannot be rebuilt by calling
+its class. Celery delivers class and ``args`` of such a one, so these travel here, with what of its attributes can.
+"""
+
+import io
+import pickle
+from typing import Any
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle a value; exceptions in it that would not survive are taken apart and rebuilt without ``__init__``."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, 5).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Exception) or _survives(value):
+            return NotImplemented
+        state = {name: each for name, each in vars(value).items() if _survives(each)}
+        return _rebuild, (type(value), tuple(each if _survives(each) else repr(each) for each in value.args), state)
+
+
+def _survives(value: Any) -> bool:
+    try:
+        rebuilt = pickle.loads(pickle.dumps(value, 5))
+    except Exception:
+        return False
+    return type(rebuilt) is type(value)
+
+
+def _rebuild(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    vars(error).update(state)
+    return error
