@@ -1,0 +1,72 @@
+"""Worker and producer of the tests that compare a GPU task with the same CPU task (`tests.apps.promise`)."""
+
+import contextlib
+import json
+import socket
+import uuid
+
+import pytest
+from celery import Celery
+
+from tests.apps.promise import QUEUE
+from tests.support.services import Worker
+
+GET = {"timeout": 60}
+
+
+@contextlib.contextmanager
+def serving(environment, folder, conf=None, children=2, **variables):
+    """A worker on the promise app; it must survive every test, and leave nothing in the broker."""
+    env = {**environment, "CELERY_PROMISE": json.dumps(conf or {}), **variables}
+    options = ("-c", str(children), "-n", "promise@%h")
+    worker = Worker(folder, *options, app="tests.apps.promise:app", env=env)
+    try:
+        yield worker
+        assert worker.popen.poll() is None, f"the worker ended ({worker.popen.returncode}):\n{worker.output[-5000:]}"
+        assert worker.stop() == 0, worker.output[-5000:]
+    finally:
+        worker.kill_group()
+
+
+@contextlib.contextmanager
+def producer(redis_server, **conf):
+    """A Celery client that knows task names and the queue, and nothing else."""
+    with Celery("producer", broker=redis_server.url, backend=redis_server.url, set_as_current=False) as app:
+        app.conf.update(task_default_queue=QUEUE, **conf)
+        yield app
+        forget_results(app)
+
+
+def forget_results(app):
+    """Results that are collected late must not look for a Redis that is gone."""
+    app.backend.result_consumer.stop()
+    app.backend.result_consumer.subscribed_to.clear()
+
+
+def left(redis_server):
+    """Messages waiting and messages taken but not acknowledged."""
+    return redis_server.client.llen(QUEUE), redis_server.client.zcard("unacked_index")
+
+
+def meta(redis_server, task_id):
+    """What Celery has stored about a task, or None."""
+    found = redis_server.client.get(f"celery-task-meta-{task_id}")
+    return json.loads(found) if found else None
+
+
+def gpu_stats(app):
+    """The [gpu] part of `inspect stats`, read now."""
+    name = f"promise@{socket.gethostname()}"
+    return app.control.inspect(destination=[name], timeout=20.0).stats()[name]["pool"]["gpu"]
+
+
+def failure(result):
+    """(class name, arguments, traceback) of a failed task, as a producer without the app's code sees it."""
+    with pytest.raises(Exception) as caught:
+        result.get(**GET)
+    assert result.state == "FAILURE"
+    return type(caught.value).__name__, list(caught.value.args), result.traceback or ""
+
+
+def new_id():
+    return str(uuid.uuid4())
