@@ -1,7 +1,7 @@
 """What a body asks of Celery while it runs on a GPU node: recorded here, granted by the driver.
 
 GPU nodes need neither broker nor result backend. `self.retry` and `self.replace` end the body as they do in Celery;
-`self.update_state` and `self.send_event` let it go on. The driver grants each with the same method of the real task.
+`self.update_state`, `self.send_event` and `self.add_to_chord` let it go on. The driver grants each with the same method of the real task.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ class Wishes:
         task.retry = lambda *args, **kwargs: self._retry(task, *args, **kwargs)
         task.replace = self._replace
         task.update_state = lambda *args, **kwargs: self._tell_now("update_state", args, kwargs)
+        task.add_to_chord = lambda sig, lazy=False: self._add_to_chord(task, sig, lazy)
         task.send_event = lambda *args, **kwargs: self._tell_now("send_event", args, kwargs)
 
     def take(self) -> bytes:
@@ -73,6 +74,13 @@ class Wishes:
         if throw:
             raise wanted
         return wanted
+
+    def _add_to_chord(self, task: Any, sig: Any, lazy: bool) -> Any:
+        if not task.request.chord:
+            raise ValueError("Current task is not member of any chord")
+        result = sig.freeze()  # names it, here and in the driver; the chord waits for this body, so also for the wish
+        self._tell_now("add_to_chord", (sig,), {"lazy": lazy})
+        return sig if lazy else result
 
     def _replace(self, sig: Any) -> Any:
         self._record("replace", (sig,), {})

@@ -3,10 +3,15 @@
 Importing this package loads neither ray nor cupy: producers and CPU workers may import it.
 """
 
+import sys
+
 from actors.batching import batched
 from actors.device import array_module, scipy_module
 from actors.residents import resident
 from bridge import errors
 from bridge.marks import Gpu
+
+if "celery.worker.control" in sys.modules:  # the `celery` command is running, which offers only registered commands
+    import bridge.control  # noqa: F401
 
 __all__ = ["Gpu", "array_module", "batched", "errors", "resident", "scipy_module"]

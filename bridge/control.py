@@ -1,6 +1,6 @@
 """Remote commands: ``inspect gpu``, ``control gpu_restart``, and what ``revoke`` means to a task that waits for a GPU.
 
-Registered when the pool is imported, by Celery's way of adding commands of one's own.
+Registered by import, in workers and in the `celery` command, by Celery's way of adding commands of one's own.
 """
 
 import functools

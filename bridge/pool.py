@@ -140,6 +140,9 @@ class HybridPool(TaskPool):
         options: dict[str, Any],
     ) -> GpuRequest:  # fmt: skip
         """Send one GPU task to the driver; `options` are those of Celery's `apply_async` of a pool."""
+        # Not options' limits: Celery has read the task's own ones once, so `control time_limit` would change nothing.
+        hard_s, soft_s = request.get("timelimit") or (None, None)
+        task = self.app.tasks[name]
         # Celery has decoded the arguments into the request for its own use; the tracer takes them from the body again.
         slim = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
         run = {
@@ -149,8 +152,8 @@ class HybridPool(TaskPool):
             "body": bytes(body) if isinstance(body, memoryview | bytearray) else body,
             "content_type": content_type,
             "content_encoding": content_encoding,
-            "soft_limit_s": options.get("soft_timeout") or self.options.get("soft_timeout"),
-            "hard_limit_s": options.get("timeout") or self.options.get("timeout"),
+            "soft_limit_s": soft_s or task.soft_time_limit or self.options.get("soft_timeout"),
+            "hard_limit_s": hard_s or task.time_limit or self.options.get("timeout"),
         }
         names = ("callback", "error_callback", "accept_callback", "timeout_callback")
         return self.gpu.apply(run, {key: options[key] for key in names})

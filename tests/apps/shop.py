@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 from celery import Celery, Task
+from celery.exceptions import SoftTimeLimitExceeded
 from pydantic import BaseModel
 
 from bridge import Gpu, array_module, batched, resident
@@ -181,6 +182,46 @@ def nap(seconds, path=None):
     return seconds
 
 
+@app.task(name="shop.waits_for_lock", gpu=True)
+def waits_for_lock(path):
+    lock = threading.Lock()
+    lock.acquire()
+    note(path, "start")
+    lock.acquire()
+
+
+@app.task(name="shop.spins", gpu=True)
+def spins(path):
+    note(path, "start")
+    while True:
+        sum(range(1000))
+
+
+@app.task(name="shop.catches_soft_limit", gpu=True)
+def catches_soft_limit(path):
+    note(path, os.getpid())
+    try:
+        time.sleep(100)
+    except SoftTimeLimitExceeded:
+        note(path, "caught")
+
+
+@app.task(name="shop.catches_everything", gpu=True)
+def catches_everything(path):
+    note(path, os.getpid())
+    while True:
+        try:
+            time.sleep(100)
+        except BaseException as error:
+            note(path, f"caught {error!r}")
+
+
+@app.task(name="shop.birth", gpu=True)
+def birth():
+    """Pid and start time of the process, in clock ticks since boot: together they name it for good."""
+    return [os.getpid(), int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])]
+
+
 @app.task(name="shop.records", gpu=True)
 def records(path, text):
     note(path, text)
@@ -240,8 +281,6 @@ def progress(self, path):
 
 @app.task(name="shop.soft_limited", gpu=True, soft_time_limit=0.3)
 def soft_limited(path):
-    from celery.exceptions import SoftTimeLimitExceeded
-
     try:
         time.sleep(30)
     except SoftTimeLimitExceeded:
