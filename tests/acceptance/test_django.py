@@ -59,15 +59,24 @@ def worker(project):
         assert text not in process.output
 
 
-@pytest.fixture
-def start():
+@pytest.fixture(scope="module")
+def probe(environment, tmp_path_factory):
+    """The project with the probe app, and its log; `start(**env)` ends its worker and starts another."""
+    folder = tmp_path_factory.mktemp("probe")
+    probe = Project(folder, environment)
+    probe.log = folder / "log"
+    probe.env |= {"DJANGO_SETTINGS_MODULE": "tests.apps.django_probe.settings", "PROBE_LOG": str(probe.log)}
+    probe.manage("migrate")
+    probe.log.write_text("")
     started = []
 
-    def start_worker(project, **options):
-        started.append(project.worker(**options))
+    def start(**env):
+        assert not started or started[-1].stop() == 0
+        started.append(probe.worker(f"{len(started)}.log", env))
         return started[-1]
 
-    yield start_worker
+    probe.start = start
+    yield probe
     for process in started:
         process.kill_group()
 
@@ -148,47 +157,43 @@ def test_no_process_keeps_a_connection_after_a_task(project, worker):
     wait_for(lambda: not project.users_of_the_database(pids), "connections to be closed")
 
 
-def test_hooks_bodies_and_forks_each_open_their_own(environment, start, tmp_path):
-    log = tmp_path / "log"
-    project = Project(tmp_path, environment)
-    project.env |= {"DJANGO_SETTINGS_MODULE": "tests.apps.django_probe.settings", "PROBE_LOG": str(log)}
-    project.manage("migrate")
-    log.write_text("")
-    worker = start(project, env={"DJANGO_COLOUR": "red"})
+def test_hooks_bodies_and_forks_each_open_their_own(probe):
+    worker = probe.start()
     forked = {child.pid for child in psutil.Process(worker.pid).children()}
     assert len(forked) == 3, "two children and the driver"
-    assert project.users_of_the_database([worker.pid]), "the probe leaves a connection open in the parent"
-    assert not project.users_of_the_database(forked), "which none of the forks may keep"
-    closed_pools = {int(line.split()[-1]) for line in log.read_text().splitlines() if line.startswith("pool closed")}
-    assert {worker.pid, *forked} <= closed_pools, "nor a pool, whose threads are the parent's"
+    assert probe.users_of_the_database([worker.pid]), "the probe leaves a connection open in the parent"
+    wait_for(lambda: not probe.users_of_the_database(forked), "the forks to let go of it")
 
-    looks, colour = project.asks(
+    def ended_pools():
+        return {int(line.split()[-1]) for line in probe.log.read_text().splitlines() if line.startswith("pool closed")}
+
+    wait_for(lambda: {worker.pid, *forked} <= ended_pools(), "pools, whose threads are the parent's, to be given up")
+    looks = probe.asks(
         """
 import json
-from tests.apps.django_probe.tasks import colour, cpu_look, gpu_look
+from tests.apps.django_probe.tasks import cpu_look, gpu_look
 
-looks = [look.delay().get(timeout=60) for look in [gpu_look, cpu_look] * 4]
-print(json.dumps([looks, colour.delay().get(timeout=60)]))
+print(json.dumps([look.delay().get(timeout=60) for look in [gpu_look, cpu_look] * 4]))
 """
     )
     in_executor, in_children = ({pid for pid, _, _ in looks[start::2]} for start in (0, 1))
     assert in_executor == {executor_of(worker)} and in_children < forked
-    assert not any(was_open for _, was_open, _ in looks), "each body opens its own, the second in a process, too"
-    in_driver = [line.split() for line in log.read_text().splitlines() if line.startswith("driver")]
-    assert [was_open for _, _, was_open in in_driver] == ["False"] * 4
-    assert {int(pid) for _, pid, _ in in_driver} <= forked - in_children
+    assert not any(was_open for _, was_open, _ in looks), "each body opens its own, also the second in a process"
+    in_driver = [line.split()[1:] for line in probe.log.read_text().splitlines() if line.startswith("driver")]
+    assert [was_open for _, was_open in in_driver] == ["False"] * 4, "and so does each hook"
+    assert {int(pid) for pid, _ in in_driver} <= forked - in_children
 
-    assert colour == "red"
-    assert worker.stop() == 0
-    worker = start(project, env={"DJANGO_COLOUR": "blue"}, log="again.log")
-    assert (
-        project.asks(
-            """
+
+def test_bodies_have_the_environment_of_their_worker(probe):
+    """What BRIDGE_ENVIRONMENT does not name is the GPU node's own; the actor stays, warm with the last one's."""
+    code = """
 import json
-from tests.apps.django_probe.tasks import colour
-print(json.dumps(colour.delay().get(timeout=60)))
+from tests.apps.django_probe.tasks import environment
+
+print(json.dumps(environment.delay().get(timeout=60)))
 """
-        )
-        == "blue"
-    ), "a worker's environment holds for its bodies, though the actor was warm with another one"
-    assert worker.stop() == 0
+    env = {"BRIDGE_ENVIRONMENT": '["SHOP_*"]', "SHOP_SIZE": "L", "SHOE_SIZE": "42"}
+    probe.start(DJANGO_COLOUR="red", **env)
+    assert probe.asks(code) == ["red", "L", None]
+    probe.start(DJANGO_COLOUR="blue", **env)
+    assert probe.asks(code) == ["blue", "L", None]

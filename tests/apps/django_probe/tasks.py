@@ -23,8 +23,8 @@ def cpu_look():
 
 
 @shared_task(gpu=True)
-def colour():
-    return os.environ.get("DJANGO_COLOUR")
+def environment():
+    return [os.environ.get(name) for name in ("DJANGO_COLOUR", "SHOP_SIZE", "SHOE_SIZE")]
 
 
 @worker_before_create_process.connect
