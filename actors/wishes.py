@@ -1,7 +1,8 @@
 """What a body asks of Celery while it runs on a GPU node: recorded here, granted by the driver.
 
 GPU nodes need neither broker nor result backend. `self.retry` and `self.replace` end the body as they do in Celery;
-`self.update_state`, `self.send_event` and `self.add_to_chord` let it go on. The driver grants each with the same method of the real task.
+`self.update_state`, `self.send_event` and `self.add_to_chord` let it go on. The driver grants each with the same
+method of the real task.
 """
 
 from collections.abc import Callable

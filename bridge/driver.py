@@ -20,7 +20,7 @@ from typing import Any
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
 from billiard.pool import MaybeEncodingError
-from celery.concurrency.prefork import process_initializer
+from celery.concurrency.prefork import process_destructor, process_initializer
 
 from actors.contract import (
     ActorState,
@@ -518,5 +518,6 @@ def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a driver ends
     code = driver[0].run()
+    process_destructor(os.getpid(), code)
     logging.shutdown()
     os._exit(code)  # Ray's threads and atexit handlers have nothing left to do

@@ -16,6 +16,7 @@ from typing import Any
 import billiard
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import WorkerLostError
+from celery import signals
 from celery.worker import state as worker_state
 
 from actors.contract import ActorState, Config
@@ -118,6 +119,7 @@ class DriverSupervisor:
         )
         self._process.daemon = True
         self._process.index = self._starts  # for %i in log file names
+        signals.worker_before_create_process.send(sender=self)  # as before any child of the pool
         self._process.start()
         theirs.close()
         self._link = Link(ours)

@@ -1,6 +1,7 @@
 """The app of the acceptance tests: a user's app, with every kind of body the tests need. Effects go to files."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -180,6 +181,28 @@ def nap(seconds, path=None):
     if path:
         note(path, "end")
     return seconds
+
+
+@app.task(name="shop.slow_once", gpu=True, acks_late=True, acks_on_timeout=False, time_limit=0.5, soft_time_limit=50)
+def slow_once(path):
+    note(path, "run")
+    if Path(path).read_text().count("run") == 1:
+        time.sleep(100)
+    return "fast"
+
+
+LOCK = threading.Lock()
+
+
+@app.task(name="shop.mixed", gpu=True)
+def mixed(number, path):
+    """A short body at places an interrupt must not break: a lock, a log line, a pause."""
+    with LOCK:
+        logging.getLogger("shop").info("number %d", number)
+    time.sleep(0.0005)
+    with LOCK:
+        note(path, number)
+    return number
 
 
 @app.task(name="shop.waits_for_lock", gpu=True)

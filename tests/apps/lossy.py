@@ -1,0 +1,54 @@
+"""GPU tasks that differ in nothing but how Celery is told to treat a lost process: early and late, every setting."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from celery import Celery
+
+from bridge import batched
+from tests.apps.shop import note
+
+app = Celery("lossy")
+#: What a task says of itself -> its options.
+SETTINGS = {
+    "early": {},
+    "late": {"acks_late": True},
+    "late_keep": {"acks_late": True, "reject_on_worker_lost": False},
+    "late_reject": {"acks_late": True, "reject_on_worker_lost": True},
+    "early_retry": {"retry_on_worker_lost": True, "default_retry_delay": 0, "max_retries": 2},
+    "late_retry": {"acks_late": True, "retry_on_worker_lost": True, "default_retry_delay": 0, "max_retries": 2},
+}
+
+
+def dies(path):
+    """End the process; every run leaves a line."""
+    note(path, "run")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def holds(path, gate):
+    """Run until the test opens the gate."""
+    note(path, "run")
+    while not Path(gate).exists():
+        time.sleep(0.01)
+    return "done"
+
+
+for _name, _options in SETTINGS.items():
+    app.task(dies, name=f"lossy.dies.{_name}", gpu=True, **_options)
+    app.task(holds, name=f"lossy.holds.{_name}", gpu=True, **_options)
+
+
+def some_die(paths: list[str]) -> list[str]:
+    """A batch in which whoever says so ends the process."""
+    for path in paths:
+        note(path, "run")
+    if any("deadly" in path for path in paths):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ["done"] * len(paths)
+
+
+app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.early", gpu=True)
+app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.late", gpu=True, acks_late=True)
