@@ -21,6 +21,7 @@ def send_count():
 @blueprint.get("/results/<task_id>")
 def result(task_id):
     found = AsyncResult(task_id)
-    if found.failed():
-        return {"state": found.state, "error": str(found.result)}
-    return {"state": found.state, "value": found.result if found.successful() else None}
+    state = found.state  # asked once: a moment later it may be another
+    if state == "FAILURE":
+        return {"state": state, "error": str(found.result)}
+    return {"state": state, "value": found.result if state == "SUCCESS" else None}
