@@ -8,8 +8,9 @@ import os
 import time
 from pathlib import Path
 
-from celery import Celery, signals
+from celery import Celery, Task, signals
 from celery.contrib.abortable import AbortableTask
+from celery.exceptions import Ignore, Reject
 
 KINDS = ("gpu", "cpu")
 QUEUE = "promise"
@@ -155,6 +156,148 @@ def abortable(self, path):
     while not self.is_aborted():
         time.sleep(0.02)
     return "aborted"
+
+
+# ---- bodies for outcomes and signals
+
+
+class BrokenHook(Task):
+    def on_failure(self, exc, task_id, args, kwargs, einfo):
+        raise RuntimeError("the hook itself is broken")
+
+
+@both(base=BrokenHook)
+def broken_hook():
+    raise PromiseError(2)
+
+
+@both()
+def typed(value: int):
+    return value
+
+
+@both(bind=True)
+def ignores(self, state=None, meta=None):
+    """The documented way to set a state of one's own for good."""
+    if state:
+        self.update_state(state=state, meta=meta)
+    raise Ignore()
+
+
+@both(bind=True)
+def rejects(self, path=None):
+    """Rejected for good, or with `path` given back once."""
+    if path:
+        note(path, self.request.delivery_info["redelivered"])
+        if len(Path(path).read_text().split()) > 1:
+            return "came again"
+    raise Reject("no", requeue=bool(path))
+
+
+@both(bind=True, max_retries=2)
+def retries(self, until, countdown=0):
+    if self.request.retries < until:
+        raise self.retry(countdown=countdown, exc=PromiseError(self.request.retries))
+    return self.request.retries
+
+
+@both(bind=True)
+def progress(self, gates, seen):
+    """Says how far it is; goes on when the next of the files `gates` exists."""
+    for number, gate in enumerate(gates):
+        self.update_state(state="PROGRESS", meta={"done": number, "of": len(gates)})
+        note(seen, number)
+        while not Path(gate).exists():
+            time.sleep(0.02)
+    return "done"
+
+
+@both(ignore_result=True)
+def ignored(path, code=None):
+    note(path, "ran")
+    if code is not None:
+        raise PromiseError(code)
+    return "nobody reads it"
+
+
+@both(ignore_result=True, store_errors_even_if_ignored=True)
+def errors_stored(path, code=None):
+    note(path, "ran")
+    if code is not None:
+        raise PromiseError(code)
+
+
+@both(throws=(PromiseError, KeyError))
+def expected_error(code):
+    raise PromiseError(code)
+
+
+class NoArguments(Exception):
+    def __init__(self):
+        super().__init__()
+
+
+class Inner(ValueError):
+    def __str__(self):
+        raise RuntimeError("its __str__ is broken")
+
+
+class OwnBase(BaseException):
+    """Not an Exception."""
+
+
+ERRORS = {
+    "key": lambda: KeyError("k"),
+    "os": lambda: FileNotFoundError(2, "no such file", "x.npy"),
+    "unicode": lambda: UnicodeDecodeError("utf-8", b"ab", 0, 1, "bad"),
+    "nothing": lambda: NoArguments(),
+    "number": lambda: ValueError(1.5),
+    "nested": lambda: PromiseError({"deep": [1, {"er": None}]}, ["why"]),
+    "object": lambda: ValueError(Path("relative")),
+    "group": lambda: ExceptionGroup("many", [ValueError("a"), KeyError("b")]),
+    "no text": lambda: Inner("x"),
+    "unpicklable": lambda: Unpicklable("one", two=2),
+    "stop": lambda: StopIteration("stopped"),
+    "assertion": lambda: AssertionError(),
+    "timeout": lambda: TimeoutError("slow"),
+    "exit": lambda: SystemExit(3),
+    "interrupt": lambda: KeyboardInterrupt("stop"),
+    "base": lambda: OwnBase("own"),
+}
+
+
+@both()
+def raises(name):
+    raise ERRORS[name]()
+
+
+@both()
+def raises_from(how):
+    try:
+        {}["missing"]
+    except KeyError as error:
+        if how == "from":
+            raise PromiseError(1) from error
+        if how == "from none":
+            raise PromiseError(1) from None
+        raise PromiseError(1)  # noqa: B904 - the point
+
+
+@both()
+def returns(how):
+    """Values that JSON cannot carry, or only in part."""
+    return {"object": Path, "tuple": (1, (2,)), "none": None, "text keys": {1: "a"}, "text": "ü☃"}[how]
+
+
+@both(bind=True)
+def tells_of_another(self, task_id):
+    self.update_state(task_id, "SEEN", {"by": self.request.id})
+
+
+@both(bind=True)
+def bad_meta(self):
+    self.update_state(state="PROGRESS", meta={"value": Path})
+    return "went on"
 
 
 # ---- signals
