@@ -23,7 +23,6 @@ from celery.app.task import Context
 
 from actors import device as devices
 from actors import outcomes
-from actors.batching import run_batch
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_NOT_STARTED,
@@ -165,11 +164,10 @@ class Executor:
 
     def _run_vectorised(self, loaded: LoadedTask, tasks: Sequence[TaskCall], first: int) -> list[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
-        batch = loaded.batch
-        assert batch is not None  # the caller has looked
         items = [pickle.loads(task.payload) for task in tasks]
         pairs = [(args, kwargs) for args, kwargs, _ in items]
-        result = self._guarded(loaded, run_batch, (batch, pairs), {}, items[0][2], first, len(tasks), tasks[0].token)
+        context, token = items[0][2], tasks[0].token
+        result = self._guarded(loaded, loaded.run_items, (pairs,), {}, context, first, len(tasks), token)
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(tasks))
             return [
@@ -197,7 +195,7 @@ class Executor:
         token: str,
     ) -> "_Result":
         """Run a body with its request in place, interruptible, on a device that is idle again afterwards."""
-        request = Context(context, args=list(args), kwargs=kwargs, called_directly=False)
+        request = Context(context, args=type(context.get("args", []))(args), kwargs=kwargs, called_directly=False)
         loaded.task.request_stack.push(request)
         self._token = token
         celery_state._task_stack.push(loaded.task)

@@ -14,7 +14,7 @@ from typing import Any
 
 from celery.app.trace import setup_worker_optimizations
 
-from actors.batching import Batch, batch_of
+from actors.batching import Batch, batch_of, run_batch
 from actors.bodies import has_custom_call, innermost, is_pydantic
 from actors.contract import Release
 from actors.wishes import Wishes
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class LoadedTask:
     """One task as the executor runs it."""
 
-    __slots__ = ("batch", "call", "keeps_models", "name", "task")
+    __slots__ = ("_has_call", "batch", "call", "keeps_models", "name", "task")
 
     def __init__(self, task: Any, wishes: Wishes) -> None:
         body = innermost(task)
@@ -35,7 +35,22 @@ class LoadedTask:
         self.keeps_models = is_pydantic(task)  # Celery's wrapper dumps them, in the driver
         task.run = body
         wishes.install(task)
-        self.call: Callable[..., Any] = task if has_custom_call(task) else body
+        self._has_call = has_custom_call(task)
+        self.call: Callable[..., Any] = task if self._has_call else body
+
+    def run_items(self, items: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        """One run of the vectorised body for (args, kwargs) pairs; a custom ``__call__`` surrounds it, once."""
+        batch = self.batch
+        assert batch is not None  # the caller has looked
+        if not self._has_call:
+            return run_batch(batch, items)
+        body, self.task.run = self.task.run, lambda *_, **__: run_batch(batch, items)
+        try:
+            args, kwargs = items[0]
+            values: list[Any] = self.task(*args, **kwargs)
+            return values
+        finally:
+            self.task.run = body
 
 
 def load_app(release: Release) -> Any:

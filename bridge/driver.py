@@ -40,7 +40,7 @@ from actors.contract import (
 )
 from bridge import link as messages
 from bridge.auth import use_token
-from bridge.errors import BridgeError, ClusterUnavailable, StartupError, TaskPoisoned
+from bridge.errors import BridgeError, ClusterUnavailable, MessageInvalid, StartupError, TaskPoisoned
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
 from bridge.scheduler import (
@@ -240,7 +240,9 @@ class Driver:
     def _take(self, run: messages.Run) -> None:
         task = TracedTask(run)
         self._tasks[run.serial] = self._by_token[task.token] = task
-        if run.task in self._marks:
+        if run.refusal:
+            self._refuse(task, MessageInvalid(f"{run.task}: {run.refusal}"))
+        elif run.task in self._marks:
             self._wait(task)
         else:  # the registry of this process differs from the worker's
             self._tracing.start(task)

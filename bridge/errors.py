@@ -14,6 +14,7 @@
     │   └── StandaloneFailed          73  --standalone could not start Redis or Ray
     └── TaskError                   what one task ends with
         ├── PayloadInvalid            arguments that do not fit the task's signature
+        ├── MessageInvalid            a header of the message that means nothing
         ├── GpuOutOfMemory            the device (or host) had too little memory for this task alone
         ├── TaskPoisoned              the task ended its executor too often
         ├── TaskNotOnActor            the executor's copy of the app does not know the task
@@ -123,6 +124,10 @@ class PayloadInvalid(TaskError):
     def __str__(self) -> str:
         listed = "; ".join(f"{p['field']}: {p['reason']} (received {p['received']})" for p in self.problems)
         return f"{self.task}: invalid payload: {listed}"
+
+
+class MessageInvalid(TaskError):
+    """A header of the task's message that means nothing, such as a time limit that is no number."""
 
 
 class GpuOutOfMemory(TaskError):

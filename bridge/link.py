@@ -30,6 +30,7 @@ class Run(NamedTuple):
     soft_limit_s: float | None
     hard_limit_s: float | None
     lost: int  # drivers that died while they had it
+    refusal: str = ""  # why it must not run
 
 
 class Cancel(NamedTuple):

@@ -27,6 +27,7 @@ def resolve(task: Any, outcome: Outcome) -> Any:
     if not isinstance(outcome, Failed):
         return pickle.loads(outcome.value)
     if outcome.kind is FailureKind.RETRY and isinstance(last, BaseException):
+        last.__cause__ = RemoteTraceback(outcome.traceback) if outcome.traceback else last.__cause__
         raise last
     error = _rebuild(outcome)
     error.__cause__ = RemoteTraceback(outcome.traceback) if outcome.traceback else None

@@ -3,6 +3,7 @@
 Everything not about GPU tasks is Celery's own code, untouched. Never imports ray or cupy.
 """
 
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -141,8 +142,12 @@ class HybridPool(TaskPool):
     ) -> GpuRequest:  # fmt: skip
         """Send one GPU task to the driver; `options` are those of Celery's `apply_async` of a pool."""
         # Not options' limits: Celery has read the task's own ones once, so `control time_limit` would change nothing.
-        hard_s, soft_s = request.get("timelimit") or (None, None)
         task = self.app.tasks[name]
+        refusal, hard_s, soft_s = "", None, None
+        try:
+            hard_s, soft_s = (_seconds(value) for value in request.get("timelimit") or (None, None))
+        except (TypeError, ValueError, OverflowError):
+            refusal = "timelimit must be two finite numbers of seconds, hard and soft, or null"
         # Celery has decoded the arguments into the request for its own use; the tracer takes them from the body again.
         slim = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
         run = {
@@ -154,6 +159,7 @@ class HybridPool(TaskPool):
             "content_encoding": content_encoding,
             "soft_limit_s": soft_s or task.soft_time_limit or self.options.get("soft_timeout"),
             "hard_limit_s": hard_s or task.time_limit or self.options.get("timeout"),
+            "refusal": refusal,
         }
         names = ("callback", "error_callback", "accept_callback", "timeout_callback")
         return self.gpu.apply(run, {key: options[key] for key in names})
@@ -177,6 +183,14 @@ class HybridPool(TaskPool):
             "running": self.gpu.running,
             "actors": [_jsonable(actor) for actor in report["actors"]],
         }
+
+
+def _seconds(value: Any) -> float | None:
+    """A limit as a client of any language may write it."""
+    seconds = None if value is None else float(value)
+    if seconds is not None and not math.isfinite(seconds):
+        raise ValueError(value)
+    return seconds
 
 
 def _jsonable(actor: dict[str, Any]) -> dict[str, Any]:

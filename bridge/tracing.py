@@ -64,6 +64,7 @@ class _Tracer(greenlet.greenlet):
 
     task: TracedTask
     refusal: BridgeError | None = None  # raised in the body's place
+    forwarded = False  # the body has had its turn
 
 
 class Tracing:
@@ -103,24 +104,31 @@ class Tracing:
     def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
         tracer = greenlet.getcurrent()
-        if not isinstance(tracer, _Tracer) or tracer.task.run.task != name:
-            return original(*args, **kwargs)  # a hook calls another task as a function
+        celery_task = self._app.tasks[name]
+        if (
+            not isinstance(tracer, _Tracer)
+            or (tracer.task.run.task, tracer.forwarded) != (name, False)
+            or celery_task.request.called_directly
+        ):
+            return original(*args, **kwargs)  # a hook or an error callback calls a task as a function
+        tracer.forwarded = True
         if tracer.refusal is not None:
             raise tracer.refusal
         task = tracer.task
-        request = {key: value for key, value in task.run.request.items() if key not in ("args", "kwargs")}
+        request = {key: value for key, value in task.run.request.items() if key != "kwargs"}
+        request["args"] = type(request.get("args") or [])()  # a list or, from pickle, a tuple: the body sees which
         task.payload = pickle.dumps((args, kwargs, request), 5)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
                 for wishes in outcome.wishes:
-                    grant(self._app.tasks[name], wishes)
+                    grant(celery_task, wishes)
                 outcome = self._loop.switch()
         finally:
             task.payload = None
         if isinstance(outcome, BridgeError):
             raise outcome
-        return resolve(self._app.tasks[name], outcome)
+        return resolve(celery_task, outcome)
 
     def _trace(self, task: TracedTask) -> None:
         """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
