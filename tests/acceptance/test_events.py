@@ -142,8 +142,10 @@ def test_run_time_and_traceback_are_the_bodys(histories):
     times = {event["type"]: event for event in histories["gpu"]["nap"]}
     ended = times["task-succeeded"]
     assert NAP_S <= ended["runtime"] <= ended["timestamp"] - times["task-received"]["timestamp"]
-    failed = histories["gpu"]["fails"][-1]
+    (failed,) = (event for event in histories["gpu"]["fails"] if event["type"] == "task-failed")
     assert "twins.py" in failed["traceback"] and "raise ValueError(reason)" in failed["traceback"]
+    retried = [event["traceback"] for event in histories["gpu"]["retries"] if event["type"] == "task-retried"]
+    assert len(retried) == 2 and all("raise self.retry(" in each for each in retried)
 
 
 def test_a_monitors_state_knows_each_task_with_its_worker(events, histories):

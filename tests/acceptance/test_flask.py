@@ -22,7 +22,8 @@ def fetch(url, payload=None):
 
 @pytest.fixture(scope="module")
 def worker(environment, tmp_path_factory):
-    env = {**environment, "FLASK_UNITS": "km"}
+    more = {"FLASK_UNITS": "km", "FLASK_CELERY__include": '["tests.apps.flask_batch"]', "PYTHONPATH": str(ROOT)}
+    env = {**environment, **more}
     command = [sys.executable, "-m", "bridge.worker", "-A", "make_celery", "-c", "1", "-l", "INFO", "-n", "flask@%h"]
     process = Process(command, tmp_path_factory.mktemp("worker") / "log", env=env, cwd=PROJECT)
     process.says(" ready.")
@@ -69,3 +70,8 @@ def test_each_kind_runs_in_its_process_within_the_application_context(worker, as
 def test_an_error_reaches_the_page(worker, ask):
     _, found = ask("norm", ["three", 4])
     assert found["state"] == "FAILURE" and "values.0: Input should be a valid number" in found["error"]
+
+
+def test_a_shared_run_has_the_application_context_too(worker, producer):
+    sent = [producer.send_task("tests.apps.flask_batch.label", [number]) for number in range(20)]
+    assert [result.get(timeout=60) for result in sent] == [f"{number} km" for number in range(20)]
