@@ -73,7 +73,7 @@ def histories(client, events, tmp_path_factory):
     def revoked(kind):
         gate = folder / kind
         running = client.send_task(f"twins.{kind}.waits", [str(gate)])
-        wait_for(lambda: running.state == "STARTED", "the body to be started")
+        wait_for(lambda: "task-started" in types(events.of(running.id)), "the task to be started")
         client.control.revoke(running.id, terminate=True, signal="SIGTERM")
         return running
 
