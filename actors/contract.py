@@ -53,6 +53,7 @@ class FailureKind(StrEnum):
     """Why a task has no value; the driver turns each into an exception."""
 
     RAISED = "raised"  # the body raised; `exception` holds it when it can be rebuilt
+    EXITED = "exited"  # the body raised SystemExit or KeyboardInterrupt, which would have ended a prefork child
     RETRY = "retry"  # the body asked Celery to retry or replace it; `exception` holds the wish
     OUT_OF_MEMORY = "out of memory"
     HARD_LIMIT = "hard limit"
@@ -71,6 +72,7 @@ class LogLine(NamedTuple):
     level: int
     logger: str
     text: str
+    of_task: bool  # its logger came from `get_task_logger`
 
 
 class Succeeded(NamedTuple):
@@ -110,7 +112,7 @@ class Pending(NamedTuple):
 
     token: str
     running: bool
-    wishes: tuple[bytes, ...] = ()  # what the running body has asked of Celery since the last answer (progress)
+    wishes: tuple[bytes, ...] = ()  # what the running body has asked of Celery, or logged, since the last answer
 
 
 Outcome = Succeeded | Failed
@@ -217,7 +219,7 @@ class Bell(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The running body asks something of Celery that is to happen now (progress)."""
+    """What the running body asks of Celery that is to happen now (progress), or what it has logged so far."""
 
     token: str
     wishes: bytes

@@ -33,6 +33,7 @@ from actors.contract import (
     Done,
     Failed,
     FailureKind,
+    LogLine,
     NotStarted,
     Outcome,
     Ready,
@@ -64,7 +65,7 @@ class Executor:
         self._config = config
         self._wishes = Wishes(lambda wishes: self._say(Asked(self._token, wishes)))
         self._token = ""
-        self._logs = LogCapture(config.log_level, config.log_limit_bytes)
+        self._logs = LogCapture(config.log_level, config.log_limit_bytes, self._tell_lines)
         self._interrupter = Interrupter(journal, Executor._enter_body.__code__)
         self._tasks: dict[str, LoadedTask] = {}
         self._device: devices.Device
@@ -253,6 +254,9 @@ class Executor:
         """End this process: a broken CUDA context stays broken. The journal still names the task that ran."""
         os.write(2, f"CUDA context is broken, executor ends: {error!r}\n".encode())
         os._exit(EXIT_DEVICE_BROKEN)
+
+    def _tell_lines(self, lines: list[LogLine]) -> None:
+        self._say(Asked(self._token, pickle.dumps(lines, 5)))
 
     def _say(self, message: Any) -> None:
         with self._speaking:

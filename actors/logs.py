@@ -1,23 +1,33 @@
-"""What a body logs and prints travels with its outcome, bounded; the driver logs it as Celery would have.
+"""What a body logs and prints travels back, bounded; the driver logs it as Celery would have.
+
+Lines of a short body travel with its outcome; a longer one's are told while it runs, so that a hanging body can be
+followed, and one that is killed has left its last words.
 
 Ray shows a driver only the output of actors it created itself, and actors here outlive their creators.
 """
 
 import logging
 import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from actors.contract import LogLine
 
 #: What a line costs beside its text, so that empty lines are bounded, too.
 LINE_BYTES = 64
+#: A line of a running body is told after this, in seconds, with all that came meanwhile.
+TELL_AFTER_S = 0.3
 
 
 class LogCapture(logging.Handler):
     """Collects the log records of the body that runs now; at any other time they go to this process's stderr."""
 
-    def __init__(self, level: int, limit_bytes: int) -> None:
+    def __init__(self, level: int, limit_bytes: int, tell: Callable[[list[LogLine]], None]) -> None:
         super().__init__()
+        self._tell = tell
+        self._has_lines = threading.Event()
         self._level = level or logging.WARNING
         self._limit = limit_bytes
         self._lines: list[LogLine] | None = None
@@ -31,6 +41,7 @@ class LogCapture(logging.Handler):
         if app.conf.worker_redirect_stdouts:
             logger = logging.getLogger("celery.redirected")
             app.log.redirect_stdouts_to_logger(logger, app.conf.worker_redirect_stdouts_level)
+        threading.Thread(target=self._tell_lines, name="logs", daemon=True).start()
 
     def start(self) -> None:
         """A body starts."""
@@ -39,7 +50,8 @@ class LogCapture(logging.Handler):
 
     def take(self) -> tuple[LogLine, ...]:
         """What the body logged; further lines go to stderr."""
-        lines, self._lines = self._lines or [], None
+        with self.lock:  # type: ignore[union-attr]  # what is being told leaves before the outcome does
+            lines, self._lines = self._lines or [], None
         return tuple(lines)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -55,4 +67,22 @@ class LogCapture(logging.Handler):
             self._room -= len(text) + LINE_BYTES
             if self._room <= 0:
                 text = text[: self._limit] + " … (more output of this task was dropped)"
-            self._lines.append(LogLine(record.levelno, record.name, text))
+            self._lines.append(LogLine(record.levelno, record.name, text, _is_of_task(record.name)))
+            self._has_lines.set()
+
+    def _tell_lines(self) -> None:
+        while self._has_lines.wait():
+            time.sleep(TELL_AFTER_S)
+            self._has_lines.clear()
+            with self.lock:  # type: ignore[union-attr]
+                if self._lines:
+                    self._tell(self._lines)
+                    self._lines = []
+
+
+def _is_of_task(name: str) -> bool:
+    """Whether Celery formats the logger's lines with the task's name and id."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None and logger.name != "celery.task":
+        logger = logger.parent
+    return logger is not None

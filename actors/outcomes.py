@@ -10,6 +10,7 @@ from types import CodeType
 from typing import Any
 
 import numpy
+from billiard.common import human_status
 from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
@@ -55,6 +56,8 @@ def failure(token: str, error: BaseException, entry: CodeType, out_of_memory: bo
 def _kind(error: BaseException, out_of_memory: bool) -> FailureKind:
     if isinstance(error, Cancelled):
         return FailureKind.CANCELLED
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        return FailureKind.EXITED
     if isinstance(error, RetryWanted | ReplaceWanted):
         return FailureKind.RETRY
     return FailureKind.OUT_OF_MEMORY if out_of_memory else FailureKind.RAISED
@@ -73,6 +76,10 @@ def _pickled(error: BaseException) -> bytes | None:
 
 
 def _text(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return str(human_status(error.code if isinstance(error.code, int) else int(error.code is not None)))
+    if isinstance(error, KeyboardInterrupt):
+        return "KeyboardInterrupt"
     try:
         return str(error)[:TEXT_LIMIT]
     except Exception:

@@ -71,7 +71,8 @@ class Wishes:
                 f"Can't retry {task.name}[{task.request.id}] args:{task.request.args} kwargs:{task.request.kwargs}"
             )
         self._record("retry", (args, kwargs), {"exc": exc, "throw": False, **options})
-        wanted = RetryWanted("Task can be retried", exc, options.get("eta") or options.get("countdown"))
+        when = options.get("eta") or options.get("countdown")
+        wanted = RetryWanted(exc=exc, when=task.default_retry_delay if when is None else when)
         if throw:
             raise wanted
         return wanted

@@ -398,16 +398,18 @@ class Driver:
         match outcome.kind:
             case FailureKind.CRASHED:
                 self._crashed(task, outcome)
+            case FailureKind.EXITED:
+                self._lose(task, f"Worker exited prematurely: {outcome.message}.")
             case FailureKind.SUSPECT if self._may_run_twice(task):
                 self._again(task, alone=True)
             case FailureKind.SUSPECT:
-                self._lose(task, f"the executor died while a batch ran that it was part of: {outcome.message}")
+                self._lose(task, f"Worker exited prematurely: {outcome.message}. It shared a run with other tasks")
             case FailureKind.LOST:
                 self._lost(task, actor, outcome)
             case FailureKind.UNSURE if self._may_run_twice(task):
                 self._lost(task, actor, outcome)
             case FailureKind.UNSURE:
-                self._lose(task, f"the GPU actor was lost while the task ran, or may have run: {outcome.message}")
+                self._lose(task, f"Worker exited prematurely: the GPU actor was lost: {outcome.message}")
             case FailureKind.HARD_LIMIT:
                 self._tracing.stop(task)
                 self._answer(task, messages.TimedOut(task.run.serial, task.run.hard_limit_s or 0.0))
@@ -424,7 +426,7 @@ class Driver:
             task.run.task, task.run.id, outcome.message, task.crashes, limit,
         )  # fmt: skip
         if self._app.tasks[task.run.task].retry_on_worker_lost or not self._may_run_twice(task):
-            self._lose(task, f"the executor died while the task ran: {outcome.message}")
+            self._lose(task, f"Worker exited prematurely: {outcome.message}. The GPU executor died while the task ran")
         elif task.crashes >= limit:
             self._tracing.resume(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
         else:

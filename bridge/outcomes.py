@@ -2,7 +2,12 @@
 
 import logging
 import pickle
+from types import TracebackType
 from typing import Any
+
+import tblib
+from celery.utils.log import get_task_logger
+from celery.utils.serialization import get_pickleable_exception
 
 from actors.contract import Failed, FailureKind, LogLine, Outcome
 from bridge.errors import GpuOutOfMemory, RemoteTaskError, ResultInvalid, TaskNotOnActor
@@ -31,15 +36,30 @@ def resolve(task: Any, outcome: Outcome) -> Any:
         raise last
     error = _rebuild(outcome)
     error.__cause__ = RemoteTraceback(outcome.traceback) if outcome.traceback else None
+    if get_pickleable_exception(error) is not error:  # Celery puts another in its place, and keeps only the frames
+        error.__traceback__ = _frames(outcome.traceback)
     raise error
 
 
 def grant(task: Any, wishes: bytes) -> Any:
-    """Do what the body asked of Celery, in order; returns what the last one returned."""
+    """Do what the body asked of Celery, and log what it logged, in order; returns what the last one returned."""
     granted: Any = None
     for wish in pickle.loads(wishes) if wishes else []:
-        granted = getattr(task, wish.method)(*wish.args, **wish.kwargs)
+        if isinstance(wish, LogLine):
+            _log((wish,))
+        else:
+            granted = getattr(task, wish.method)(*wish.args, **wish.kwargs)
     return granted
+
+
+def _frames(text: str) -> TracebackType | None:
+    """A traceback's text as frames that show file, line and function."""
+    last = text[max(0, text.rfind("Traceback (most recent call last)")) :]
+    try:
+        frames: TracebackType = tblib.Traceback.from_string(last, strict=False).as_traceback()
+    except tblib.TracebackParseError:
+        return None
+    return frames
 
 
 def _rebuild(outcome: Failed) -> BaseException:
@@ -65,4 +85,5 @@ def _rebuild(outcome: Failed) -> BaseException:
 
 def _log(lines: tuple[LogLine, ...]) -> None:
     for line in lines:
-        logging.getLogger(line.logger).log(line.level, "%s", line.text)
+        logger = get_task_logger(line.logger) if line.of_task else logging.getLogger(line.logger)
+        logger.log(line.level, "%s", line.text)

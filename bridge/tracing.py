@@ -116,7 +116,7 @@ class Tracing:
             raise tracer.refusal
         task = tracer.task
         request = {key: value for key, value in task.run.request.items() if key != "kwargs"}
-        request["args"] = type(request.get("args") or [])()  # a list or, from pickle, a tuple: the body sees which
+        request["args"] = () if isinstance(request.get("args"), tuple) else []  # from pickle it is a tuple, else a list
         task.payload = pickle.dumps((args, kwargs, request), 5)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()

@@ -18,7 +18,19 @@ import psutil
 import pytest
 
 from actors import shell as shells
-from actors.contract import ActorState, Busy, Call, Config, Failed, FailureKind, Large, Pending, Release, TaskCall
+from actors.contract import (
+    ActorState,
+    Busy,
+    Call,
+    Config,
+    Failed,
+    FailureKind,
+    Large,
+    LogLine,
+    Pending,
+    Release,
+    TaskCall,
+)
 from actors.entries import Limits
 from actors.shell import ActorShell
 from tests.support.services import ROOT, wait_for
@@ -30,6 +42,7 @@ LIMITS = Limits(
 APP = '''
 import concurrent.futures, ctypes, logging, os, queue, signal, socket, subprocess, sys, threading, time
 from celery import Celery, Task
+from celery.utils.log import get_task_logger
 from bridge import batched
 
 VERSION = "one"
@@ -187,6 +200,11 @@ def tells_for_ever(self):
 def bad_progress(self):
     self.update_state(state="PROGRESS", meta={"done": threading.Lock()})
     return "done"
+
+@app.task
+def says_and_holds(gate):
+    get_task_logger("bodies.said").warning("so far")
+    until(gate)
 
 @app.task(acks_late=True)
 def no_memory(path):
@@ -348,7 +366,7 @@ TASKS = [
     "echo", "pid", "version", "segfault", "segfault_times", "hold", "raises", "exits", "hard_exit", "stuck_in_c",
     "stubborn", "leaves_child", "fork_and_exit", "moves", "cwd", "prints", "logs", "closes_files", "big",
     "returns_lock", "who", "in_context", "retries", "progress", "bad_progress", "no_memory", "no_memory_once", "waits",
-    "no_memory_early",
+    "no_memory_early", "says_and_holds",
     "catches", "busy_with_locks", "logs_under_lock", "locks_are_free", "squares", "batch_segfault", "batch_sizes",
     "batch_hold", "progress_and_hold", "tells_for_ever",
 ]  # fmt: skip
@@ -444,6 +462,7 @@ class InHand:
         self.pending = {each.token for each in tasks}
         self.running = set()
         self.wishes = {}  # token -> what the running body asked
+        self.told = {}  # token -> what it logged, as far as it was told while it ran
         self.reply = self.take(self.shell.run(self.call))
 
     def take(self, reply):
@@ -452,13 +471,14 @@ class InHand:
         self.running = {answer.token for answer in reply.answers if isinstance(answer, Pending) and answer.running}
         for answer in reply.answers:
             if isinstance(answer, Pending):
-                self.wishes.setdefault(answer.token, []).extend(
-                    wish for each in answer.wishes for wish in pickle.loads(each)
-                )
+                for each in (each for wishes in answer.wishes for each in pickle.loads(wishes)):
+                    kept = self.told if isinstance(each, LogLine) else self.wishes
+                    kept.setdefault(answer.token, []).append(each)
                 continue
             if isinstance(answer, Large):
                 answer = pickle.loads(self.shell.fetch(answer.token))
             assert answer.token not in self.found, "a second outcome"
+            answer = answer._replace(logs=(*self.told.get(answer.token, ()), *answer.logs))
             self.found[answer.token] = answer
             self.pending.discard(answer.token)
         return reply
@@ -758,8 +778,8 @@ def test_executors_end_with_their_actor(folder, tmp_path):
 def test_sys_exit_fails_its_task_only(driver):
     pid = driver.executor
     exited, good = driver.outcomes(task("exits", 4), task("pid"))
-    assert exited.kind is FailureKind.RAISED
-    assert exited.type_name == "SystemExit"
+    assert exited.kind is FailureKind.EXITED
+    assert (exited.type_name, exited.message) == ("SystemExit", "exitcode 4")
     assert exited.exception is None, "rebuilt in the driver it would end it"
     assert value(good) == pid
 
@@ -802,8 +822,19 @@ def test_a_body_that_closes_descriptors_costs_an_executor_and_no_task(driver):
 
 def test_logs_travel_with_their_task(driver):
     said, silent = driver.outcomes(task("logs", "hello"), task("logs", "quiet", 1, 10))
-    assert [tuple(line) for line in said.logs] == [(30, "bodies", "hello")]
+    assert [tuple(line) for line in said.logs] == [(30, "bodies", "hello", False)]
     assert silent.logs == ()
+
+
+def test_logs_of_a_running_body_are_told_while_it_runs_and_outlive_it(driver, path, gate):
+    sent = driver.send(task("says_and_holds", gate))
+    token = sent.call.tasks[0].token
+    wait_for(lambda: sent.collect().told.get(token), "the first line")
+    assert not sent.found
+    os.kill(driver.executor, signal.SIGKILL)
+    (outcome,) = sent.outcomes()
+    assert outcome.kind is FailureKind.CRASHED
+    assert [tuple(line) for line in outcome.logs] == [(30, "bodies.said", "so far", True)]
 
 
 def test_logs_of_a_failure_travel_too(driver):

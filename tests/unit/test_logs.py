@@ -15,7 +15,7 @@ def logger():
 
 @pytest.fixture
 def capture(logger):
-    capture = LogCapture(logging.INFO, 1000)
+    capture = LogCapture(logging.INFO, 1000, lambda lines: None)
     logger.addHandler(capture)
     return capture
 
@@ -24,7 +24,7 @@ def test_lines_of_a_body_are_kept_in_order(logger, capture):
     capture.start()
     logger.info("one %d", 1)
     logger.error("two")
-    assert [tuple(line) for line in capture.take()] == [(20, "shop", "one 1"), (40, "shop", "two")]
+    assert [tuple(line) for line in capture.take()] == [(20, "shop", "one 1", False), (40, "shop", "two", False)]
 
 
 def test_each_body_has_its_own(logger, capture):
@@ -80,7 +80,7 @@ def test_the_bound_is_per_body(logger, capture):
 
 
 def test_no_room_keeps_nothing(logger):
-    capture = LogCapture(logging.INFO, 0)
+    capture = LogCapture(logging.INFO, 0, lambda lines: None)
     logger.addHandler(capture)
     capture.start()
     logger.info("x")

@@ -191,11 +191,19 @@ def test_a_local_class_travels_as_text():
     assert fail(Local("x")).exception is None
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_what_would_end_the_driver_is_not_pickled(error):
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (SystemExit(3), FailureKind.EXITED, "exitcode 3"),
+        (SystemExit("no"), FailureKind.EXITED, "exitcode 1"),
+        (SystemExit(), FailureKind.EXITED, "exitcode 0"),
+        (KeyboardInterrupt(), FailureKind.EXITED, "KeyboardInterrupt"),
+        (GeneratorExit("odd"), FailureKind.RAISED, "odd"),
+    ],
+)
+def test_what_would_end_the_driver_is_not_pickled(error, kind, message):
     found = fail(error)
-    assert found.kind is FailureKind.RAISED
-    assert found.exception is None
+    assert (found.kind, found.message, found.exception) == (kind, message, None)
 
 
 def test_an_exception_without_text_is_described():
