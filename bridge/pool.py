@@ -97,7 +97,7 @@ class HybridPool(TaskPool):
         super().on_terminate()
 
     def restart(self) -> None:
-        """`control pool_restart`: new children and a new driver."""
+        """`control pool_restart`: new children and a new driver, each when it has finished what it runs."""
         super().restart()
         self.gpu.restart()
 

@@ -28,6 +28,7 @@ from bridge.link import (
     Done,
     Ended,
     Flush,
+    Flushed,
     Link,
     Report,
     RestartActors,
@@ -91,6 +92,8 @@ class DriverSupervisor:
         self._flushes_later = False
         self._stopping = False
         self._giving_back = False
+        self._restarting = False
+        self._unsettled: set[int] = set()  # restarting: the driver has not said whether these have started
         self._restart_at: float | None = None
         self.report: dict[str, Any] = {"actors": []}
         self._driver_id = ""
@@ -176,9 +179,17 @@ class DriverSupervisor:
         self.kill()
 
     def restart(self) -> None:
-        """End the driver and start another; what had started follows Celery's rules for a lost worker."""
-        if self._process is not None and self._process.is_alive():
-            os.kill(self._process.pid, signal.SIGKILL)  # its death is read from the link, and handled as any other
+        """Start another driver when what has started is finished; what has not, and what comes, waits for it."""
+        if self._link is not None and not self._restarting:
+            self._restarting = True
+            self._unsettled = {serial for serial, request in self._requests.items() if not request.announced}
+            self._send(Flush())
+            self._end_if_finished()
+
+    def _end_if_finished(self) -> None:
+        """Restarting: end the driver when it has nothing in hand that has started."""
+        if self._restarting and not self.running and not self._unsettled:
+            self._send(Stop())  # its end is read from the link, and the next one gets all requests
 
     def restart_actors(self) -> bool:
         """Let the driver restart the actors, one at a time; False while there is no driver."""
@@ -234,9 +245,11 @@ class DriverSupervisor:
         """Send a request to the driver. Whatever pickling it raises passes through, and nothing is kept."""
         self._serial += 1
         request = GpuRequest(Run(serial=self._serial, lost=0, **run), callbacks, self._cancel)
-        if not self._giving_back:  # an ETA task that is due while the worker drains stays in the broker
+        if self._giving_back:  # an ETA task that is due while the worker drains stays in the broker
+            return request
+        if not self._restarting:
             self._send(request.run)
-            self._requests[self._serial] = request
+        self._requests[self._serial] = request
         return request
 
     def give_back(self) -> None:
@@ -322,6 +335,7 @@ class DriverSupervisor:
                 self._failures = 0  # it has started well: should it die, the next one need not wait
             return
         request = self._requests.get(message.serial)
+        self._unsettled.discard(message.serial)
         if request is None:
             if isinstance(message, Accepted):
                 self._send(Cancel(message.serial))  # it was dropped here while its call left
@@ -331,6 +345,10 @@ class DriverSupervisor:
             return
         if isinstance(message, Returned):
             request.accepted = False
+            self._end_if_finished()
+            return
+        if isinstance(message, Flushed) and self._restarting:
+            self._end_if_finished()
             return
         del self._requests[message.serial]
         callbacks = request.callbacks  # none is called for Flushed: the broker still has the message
@@ -344,6 +362,7 @@ class DriverSupervisor:
             case Unreadable(_, reason):
                 _call(callbacks["error_callback"], _einfo(RuntimeError(f"the outcome could not be read: {reason}")))
         _call(request.on_end)
+        self._end_if_finished()
 
     def _on_accepted(self, request: GpuRequest, at: float) -> None:
         request.accepted = True
@@ -374,10 +393,12 @@ class DriverSupervisor:
         code = self._process.exitcode
         if self._stopping:
             return
+        planned, self._restarting = self._restarting, False
         for request in self._requests.values():
-            request.run = request.run._replace(lost=request.run.lost + 1)
+            request.run = request.run._replace(lost=request.run.lost + (not planned))
         lost = [each for each in self._requests.values() if each.accepted or each.run.lost >= MAX_LOST]
-        logger.error(
+        logger.log(
+            logging.INFO if planned and not lost else logging.ERROR,
             "the GPU driver ended (exit code %s): %d GPU tasks are lost, %d go to the next driver",
             code, len(lost), len(self._requests) - len(lost),
         )  # fmt: skip

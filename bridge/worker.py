@@ -172,10 +172,12 @@ def _check_settings() -> None:
 
 
 def _check_broker(app: Any) -> None:
-    """Reach broker and result backend once, trying for BRIDGE_CONNECT_WAIT_S.
+    """Reach broker and result backend once; the broker is tried for BRIDGE_CONNECT_WAIT_S.
+
+    A result backend that does not answer is only said: Celery works on without it.
 
     Raises:
-        BrokerUnreachable: with the address, without its password.
+        BrokerUnreachable: with the address, without its password; also when the result backend refuses.
     """
     from bridge.errors import BrokerUnreachable, as_text
     from bridge.settings import settings
@@ -191,6 +193,10 @@ def _check_broker(app: Any) -> None:
                 break
             except Exception as error:
                 refused = any(word in str(error).lower() for word in ("password", "auth", "wrongpass"))
+                if what == "result backend" and not refused:
+                    text = f"the result backend {address} does not answer: {as_text(error, 160)}"
+                    print(f"bridge: warning: {text}; results are lost until it does", file=sys.stderr, flush=True)
+                    break
                 if refused or time.monotonic() > deadline:
                     advice = "check user and password" if refused else "is it running? --standalone starts a Redis"
                     raise BrokerUnreachable(

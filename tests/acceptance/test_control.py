@@ -297,10 +297,18 @@ def test_shutdown_autoscale_and_pool_restart(environment, producer, send, tmp_pa
         producer.control.autoscale(5, 3, destination=[name], reply=True, timeout=20)
         assert inspect.stats()[name]["autoscaler"] == {"max": 5, "min": 3, "current": 3, "qty": 0}
         before = inspect.stats()[name]["pool"]["gpu"]["driver"]
-        assert send("add", 1, 1, queue="second").get(**GET) == 2
+        gate = tmp_path / "gate"
+        running = send("progress", str(gate), queue="second")
+        wait_for(lambda: running.state == "PROGRESS", "the body to run")
+        waiting = [send("add", n, 0, queue="second") for n in range(10)]
+        wait_for(lambda: inspect.stats()[name]["pool"]["gpu"]["in_flight"] == 11, "the worker to have them")
         producer.control.pool_restart(destination=[name], reply=True, timeout=20)
-        assert send("add", 1, 2, queue="second").get(**GET) == 3
+        meanwhile = send("add", 1, 2, queue="second")
         assert send("double", 2, queue="second").get(**GET) == 4
+        gate.touch()
+        assert running.get(**GET) == "done", "what runs is finished"
+        assert [result.get(**GET) for result in waiting] == list(range(10))
+        assert meanwhile.get(**GET) == 3
         assert inspect.stats()[name]["pool"]["gpu"]["driver"] != before
         producer.control.shutdown(destination=[name])
         assert process.ends() == 0

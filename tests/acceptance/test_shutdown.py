@@ -1,12 +1,14 @@
 """SIGTERM drains, Ctrl-C twice stops, actors stay warm for the next worker; the same from plain `celery worker`."""
 
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from celery import Celery
 
-from tests.support.services import Worker, wait_for
+from tests.support.services import RedisServer, Worker, wait_for
 
 GET = {"timeout": 90}
 
@@ -36,6 +38,7 @@ def test_sigterm_drains_both_kinds_and_exits_0(start, send, tmp_path):
     more = [send("add", n, 0) for n in range(3)]
     cpu = send("double", 21)
     wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
+    worker.says("Task shop.double[")
     assert worker.stop() == 0
     assert lines(tmp_path / "gpu")[-1] == "end"
     assert gpu.state == "SUCCESS", "finished and stored before the worker ended"
@@ -68,6 +71,114 @@ def test_ctrl_c_twice_stops_without_waiting_for_the_body(start, send, tmp_path, 
     executor = int(lines(log)[0].split()[1])
     if task == "stuck_in_c":
         wait_for(lambda: not Path(f"/proc/{executor}").exists(), "the stuck executor to be ended")
+
+
+def test_a_warm_shutdown_gives_back_what_waits_for_a_gpu(start, send, producer, redis_server, tmp_path):
+    """Celery finishes what runs; a GPU backlog must not hold the worker for slots times run time."""
+    worker = start()
+    running = send("nap", 2, kwargs={"path": str(tmp_path / "gpu")})
+    wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
+    waiting = [send("nap", 2, kwargs={"path": str(tmp_path / "others")}) for _ in range(8)]
+    later = send("nap", 0, kwargs={"path": str(tmp_path / "later")}, countdown=1)  # due while the worker drains
+    wait_for(lambda: worker.output.count("shop.nap") >= 10, "the worker to have them")
+    assert worker.stop() == 0
+    assert running.get(**GET) == 2
+    assert not lines(tmp_path / "others") and not lines(tmp_path / "later")
+    assert redis_server.client.llen("celery") == 9 and not redis_server.client.hlen("unacked"), "all are given back"
+    again = start(log="again.log")
+    assert later.get(**GET) == 0
+    for result in waiting:
+        result.revoke(terminate=True)
+    assert again.stop() == 0
+
+
+def soft(timeout_s, **more):
+    """An environment with Celery's soft shutdown, through the app's own settings."""
+    return {"SHOP_SOFT_SHUTDOWN_S": str(timeout_s), **more}
+
+
+def test_soft_shutdown_lets_short_tasks_finish_and_gives_long_ones_back(start, send, tmp_path):
+    worker = start(env=soft(3))
+    short = send("nap", 1, kwargs={"path": str(tmp_path / "short")})
+    long_one = send("nap", 100, kwargs={"path": str(tmp_path / "long")})
+    wait_for(lambda: lines(tmp_path / "short"), "the first body to start")
+    worker.says(f"Task shop.nap[{long_one.id}] received")
+    worker.signal(signal.SIGQUIT)
+    worker.says("Initiating Soft Shutdown, terminating in 3")
+    worker.ends()
+    assert short.get(**GET) == 1
+    assert lines(tmp_path / "short")[-1] == "end" and len(lines(tmp_path / "short")) == 2, "acknowledged, not run again"
+    assert len(lines(tmp_path / "long")) == 1
+    again = start(log="again.log")
+    wait_for(lambda: len(lines(tmp_path / "long")) == 2, "the long one to run again")
+    long_one.revoke(terminate=True)
+    send("add", 1, 1).get(**GET)
+    assert len(lines(tmp_path / "short")) == 2
+    assert again.stop() == 0
+
+
+@pytest.mark.parametrize(("number", "env"), [(signal.SIGQUIT, {}), (signal.SIGTERM, {"REMAP_SIGTERM": "SIGQUIT"})])
+def test_cold_shutdown_ends_what_runs_at_once_and_gives_it_back(start, send, redis_server, tmp_path, number, env):
+    worker = start(env=env)
+    before = send("birth").get(**GET)
+    running = send("nap", 100, kwargs={"path": str(tmp_path / "gpu")})
+    waiting = send("records", str(tmp_path / "others"), "ran")
+    wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
+    worker.says(f"Task shop.records[{waiting.id}] received")
+    worker.signal(number)
+    worker.says("Cold shutdown")
+    worker.ends(30)
+    assert lines(tmp_path / "gpu") == [f"start {before[0]}"] and not lines(tmp_path / "others")
+    again = start(log="again.log")
+    assert waiting.get(**GET) == "ran"
+    wait_for(lambda: len(lines(tmp_path / "gpu")) == 2, "the cancelled one to run again")
+    running.revoke(terminate=True)
+    assert send("birth").get(**GET) == before, "the executor has stayed warm over all of it"
+    assert again.stop() == 0
+
+
+def test_hard_shutdown_ends_the_worker_even_if_nothing_else_does(start, send, tmp_path):
+    worker = start(env=soft(60, BRIDGE_GRACE_S="60"))
+    send("stuck_in_c", str(tmp_path / "gpu"))
+    wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
+    worker.signal(signal.SIGQUIT)
+    worker.says("Initiating Soft Shutdown")
+    worker.signal(signal.SIGQUIT)
+    worker.says("Waiting gracefully for cold shutdown to complete")
+    worker.signal(signal.SIGQUIT)
+    worker.ends(30)
+    executor = int(lines(tmp_path / "gpu")[0].split()[1])
+    os.kill(executor, signal.SIGKILL)  # with its long grace time it would hold the actor for the tests that follow
+
+
+def test_the_broker_goes_and_comes_back(start, redis_server, tmp_path):
+    """What runs goes on, its result is stored once; what waited comes again, and once only."""
+    server = RedisServer(tmp_path)
+    port = server.port
+    url = {"CELERY_BROKER_URL": server.url}  # the result backend stays where it is
+    client = Celery(broker=server.url, backend=redis_server.url, set_as_current=False)
+    try:
+        worker = start(env=url)
+        running = client.send_task("shop.nap", [4, str(tmp_path / "gpu")])
+        wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
+        waiting = [client.send_task("shop.records", [str(tmp_path / "others"), str(n)]) for n in range(5)]
+        wait_for(lambda: worker.output.count("shop.records") == 5, "the worker to have them")
+        server.client.close()
+        server.kill_group()
+        worker.says("Connection to broker lost")
+        server = RedisServer(tmp_path, port=port)  # it has saved nothing: what is sent again is sent by us
+        wait_for(lambda: worker.output.count("Connected to redis") >= 2, "the worker to be back")
+        again = client.send_task("shop.add", [1, 2])
+        assert again.get(**GET) == 3
+        assert running.get(**GET) == 4
+        assert lines(tmp_path / "gpu")[-1] == "end" and len(lines(tmp_path / "gpu")) == 2
+        assert not lines(tmp_path / "others"), "dropped with their connection: only the broker may send them again"
+        assert all(result.state == "PENDING" for result in waiting)
+        assert worker.stop() == 0
+    finally:
+        client.close()
+        server.client.close()
+        server.kill_group()
 
 
 def test_sigkill_of_the_worker_loses_nothing(start, send, redis_server, tmp_path):
@@ -108,8 +219,6 @@ def test_plain_celery_worker_with_the_pool_setting(start, send, environment, tmp
     worker = start("-Q", "old", app="oldapp", env=env, command=[sys.executable, "-m", "celery"])
     worker.says("[gpu tasks]")
     assert "old.gpu (BRIDGE_GPU_TASKS)" in worker.output
-    from celery import Celery
-
     client = Celery(broker=environment["CELERY_BROKER_URL"], backend=environment["CELERY_RESULT_BACKEND"])
     gpu = client.send_task("old.gpu", queue="old").get(**GET)
     cpu = client.send_task("old.cpu", queue="old").get(**GET)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.services import ROOT, RedisServer, Worker
+from tests.support.services import ROOT, RedisServer, Worker, wait_for
 
 BRIDGE = [sys.executable, "-m", "bridge.worker"]
 
@@ -99,6 +99,17 @@ def test_a_wrong_redis_password(environment, tmp_path):
         server.kill_group()
     assert code == 66 and "password" in the_line(said, output)
     assert "wrong@" not in output
+
+
+def test_a_result_backend_that_does_not_answer_is_said_and_tasks_run(environment, producer, tmp_path):
+    env = {**environment, "CELERY_RESULT_BACKEND": "redis://:secret@127.0.0.1:1/0"}
+    worker = Worker(tmp_path, "-c", "1", "-Q", "lonely", env=env)
+    assert "bridge: warning: the result backend redis://:**@127.0.0.1:1/0 does not answer" in worker.output
+    log = tmp_path / "log"
+    producer.send_task("shop.records", [str(log), "ran"], queue="lonely", ignore_result=True)
+    wait_for(log.exists, "the GPU task to run")
+    assert worker.stop() == 0
+    assert "secret" not in worker.output
 
 
 def test_cuda_demanded_where_there_is_none(environment, tmp_path):

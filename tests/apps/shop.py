@@ -23,6 +23,7 @@ app.conf.update(
     worker_send_task_events=True,
     task_send_sent_event=True,
     visibility_timeout=3600,
+    worker_soft_shutdown_timeout=float(os.environ.get("SHOP_SOFT_SHUTDOWN_S", 0)),
 )
 
 
