@@ -113,6 +113,7 @@ class Pending(NamedTuple):
     token: str
     running: bool
     wishes: tuple[bytes, ...] = ()  # what the running body has asked of Celery, or logged, since the last answer
+    soft_limit_hit: bool = False  # since the last answer
 
 
 Outcome = Succeeded | Failed

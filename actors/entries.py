@@ -30,6 +30,7 @@ class Entry:
         self.cancelled: dict[str, float] = {}  # token -> when; long ago for one that gets no grace time
         self.softened: set[str] = set()  # running tasks to be interrupted as by their soft limit
         self.idle_deaths = 0  # executors that died with this call while no body ran
+        self._soft_limit_hit: set[str] = set()  # tokens
         self._outcomes: dict[str, Outcome] = {}
         self._wishes: dict[str, list[bytes]] = {}  # what running bodies ask of Celery, in order
         self._undelivered = {task.token for task in call.tasks}
@@ -46,11 +47,16 @@ class Entry:
 
     def has_news(self) -> bool:
         """There is an outcome or a wish that has not left yet."""
-        return bool(self._wishes) or not self._undelivered.isdisjoint(self._outcomes)
+        return bool(self._wishes or self._soft_limit_hit) or not self._undelivered.isdisjoint(self._outcomes)
 
     def ask(self, token: str, wishes: bytes) -> None:
         """A running body asks something of Celery."""
         self._wishes.setdefault(token, []).append(wishes)
+        self.changed.notify_all()
+
+    def hit_soft_limit(self, tokens: Iterable[str]) -> None:
+        """Running bodies are interrupted by their soft limit."""
+        self._soft_limit_hit.update(tokens)
         self.changed.notify_all()
 
     def record(self, outcome: Outcome) -> TaskCall | None:
@@ -77,11 +83,13 @@ class Entry:
             if task.token not in self._undelivered:
                 continue
             outcome = self._outcomes.pop(task.token, None)
+            wishes, hit = tuple(self._wishes.pop(task.token, ())), task.token in self._soft_limit_hit
+            self._soft_limit_hit.discard(task.token)
             if outcome is None:
-                answers.append(Pending(task.token, task.token in running, tuple(self._wishes.pop(task.token, ()))))
+                answers.append(Pending(task.token, task.token in running, wishes, hit))
                 continue
-            if task.token in self._wishes:  # they happened before the end, and the driver grants them before it
-                answers.append(Pending(task.token, True, tuple(self._wishes.pop(task.token))))
+            if wishes or hit:  # they happened before the end, and the driver hears of them before it
+                answers.append(Pending(task.token, True, wishes, hit))
             self._undelivered.discard(task.token)
             size = _size(outcome)
             if size > inline_bytes:

@@ -18,7 +18,7 @@ def dumps(value: Any) -> bytes:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Exception) or _survives(value):
+        if not isinstance(value, BaseException) or _survives(value):
             return NotImplemented
         state = {name: each for name, each in vars(value).items() if _survives(each)}
         return _rebuild, (type(value), tuple(each if _survives(each) else repr(each) for each in value.args), state)
@@ -32,7 +32,7 @@ def _survives(value: Any) -> bool:
     return type(rebuilt) is type(value)
 
 
-def _rebuild(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
     error = cls.__new__(cls, *args)
     error.args = args
     vars(error).update(state)

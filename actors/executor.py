@@ -6,7 +6,6 @@ soon as its body has ended.
 """
 
 import ctypes
-import logging
 import os
 import pickle
 import signal
@@ -48,8 +47,6 @@ from actors.release import LoadedTask, connection_closer, load_app, load_tasks
 from actors.residents import load_all
 from actors.wishes import Wishes
 
-#: What a prefork worker says of its children it says under this name.
-logger = logging.getLogger("celery.worker.request")
 #: The actor is told of finished tasks at most this often while a call goes on; it can always read the journal itself.
 BELL_EVERY_S = 0.001
 _PR_SET_PDEATHSIG = 1
@@ -202,7 +199,6 @@ class Executor:
         celery_state._task_stack.push(loaded.task)
         self._close_connections()
         self._logs.start()
-        self._interrupter.hit_soft_limit = False
         started = time.monotonic_ns()
         value, error = None, None
         try:
@@ -218,8 +214,6 @@ class Executor:
             loaded.task.request_stack.pop()
         run_s = (time.monotonic_ns() - started) / 1e9
         self._close_connections()
-        if self._interrupter.hit_soft_limit:
-            logger.warning("Soft time limit exceeded for %s[%s]", loaded.name, context.get("id"))
         if error is not None and not self._device.is_healthy(error):
             self._end_broken(error)
         self._journal.end()

@@ -37,7 +37,6 @@ class Interrupter:
         self._journal = journal
         self._entry = entry  # the frame that calls bodies: shielding looks no further up
         self.serial = 0  # of the body that runs now; 0 while none does
-        self.hit_soft_limit = False  # the body that runs now, or ran last
         signal.signal(INTERRUPT_SIGNAL, self._on_signal)
 
     def _on_signal(self, _number: int, frame: FrameType | None) -> None:
@@ -79,8 +78,7 @@ class Interrupter:
         sys.settrace(lambda *_: None)
 
     def _exception(self, reason: int) -> BaseException:
-        self.hit_soft_limit = reason == Reason.SOFT_LIMIT
-        return SoftTimeLimitExceeded() if self.hit_soft_limit else Cancelled()
+        return SoftTimeLimitExceeded() if reason == Reason.SOFT_LIMIT else Cancelled()
 
 
 def _is_shielded(frame: FrameType) -> bool:

@@ -64,8 +64,8 @@ def _kind(error: BaseException, out_of_memory: bool) -> FailureKind:
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    """The exception, if it survives a round trip; SystemExit and its like would end the driver, so they do not."""
-    if not isinstance(error, Exception):
+    """The exception, if it survives a round trip; what would end the driver or its greenlet does not travel."""
+    if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit) or type(error).__name__ == "GreenletExit":
         return None
     try:
         pickled = dumps(error)

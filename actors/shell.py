@@ -424,6 +424,8 @@ class ActorShell:
         elif alone and cancelled:
             self._interrupt(child, running.serial, Reason.CANCEL, now)
         elif softened or _exceeded(ran_s, [task.soft_limit_s for task in tasks]):
+            if running.serial not in self._interrupted:
+                entry.hit_soft_limit(task.token for task in tasks if _exceeded(ran_s, [task.soft_limit_s]))
             self._interrupt(child, running.serial, Reason.SOFT_LIMIT, now)
 
     def _interrupt(self, child: Child, serial: int, reason: Reason, now: float) -> None:

@@ -67,9 +67,11 @@ class Wishes:
         if limit is not None and task.request.retries >= limit:  # Celery's own rule, so that the body sees its outcome
             if exc is not None:
                 raise_with_context(exc)
+            args, kwargs = args or task.request.args, kwargs or task.request.kwargs
             raise task.MaxRetriesExceededError(
-                f"Can't retry {task.name}[{task.request.id}] args:{task.request.args} kwargs:{task.request.kwargs}"
-            )
+                f"Can't retry {task.name}[{task.request.id}] args:{args} kwargs:{kwargs}",
+                task_args=args, task_kwargs=kwargs,
+            )  # fmt: skip
         self._record("retry", (args, kwargs), {"exc": exc, "throw": False, **options})
         when = options.get("eta") or options.get("countdown")
         wanted = RetryWanted(exc=exc, when=task.default_retry_delay if when is None else when)

@@ -378,6 +378,8 @@ class Driver:
                 self._fleet.cancel(actor, call_id, [answer.token], task.how)  # the first may have overtaken the call
             elif task is not None and answer.wishes:
                 self._tracing.resume(task, answer)
+            if isinstance(answer, Pending) and answer.soft_limit_hit and task is not None:
+                self._send(messages.SoftLimited(task.run.serial, task.run.soft_limit_s or 0.0))
 
     def _fetched(self, token: str, data: bytes | None) -> None:
         lost = Failed(token, FailureKind.UNSURE, "UNSURE", "a large result was lost with its actor")

@@ -91,6 +91,13 @@ class Ended(NamedTuple):
     einfo: Any
 
 
+class SoftLimited(NamedTuple):
+    """Driver to worker: the task's body is interrupted by its soft limit, and goes on as it likes."""
+
+    serial: int
+    limit_s: float
+
+
 class TimedOut(NamedTuple):
     """Driver to worker: the hard limit ended the task."""
 

@@ -34,6 +34,7 @@ from bridge.link import (
     RestartActors,
     Returned,
     Run,
+    SoftLimited,
     Stop,
     TimedOut,
     Unreadable,
@@ -342,6 +343,9 @@ class DriverSupervisor:
             return
         if isinstance(message, Accepted):
             self._on_accepted(request, message.at)
+            return
+        if isinstance(message, SoftLimited):
+            _call(request.callbacks["timeout_callback"], True, message.limit_s)
             return
         if isinstance(message, Returned):
             request.accepted = False

@@ -38,7 +38,7 @@ def test_a_soft_limit_raises_in_the_body_which_may_catch_it(worker, send, tmp_pa
     assert ended(send("nap", 100, soft_time_limit=0.3)) == "SoftTimeLimitExceeded", "per call"
     assert ended(send("nap", 100)) == "SoftTimeLimitExceeded", "of the worker"
     assert send("birth").get(**GET) == before, "the same warm process"
-    worker.says(f"Soft time limit exceeded for shop.soft_limited[{caught.id}]")
+    worker.says(f"Soft time limit (0.3s) exceeded for shop.soft_limited[{caught.id}]")
 
 
 def test_a_hard_limit_ends_the_task_and_frees_the_gpu(worker, send, tmp_path):

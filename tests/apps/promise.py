@@ -3,17 +3,22 @@
 Settings come from the environment as JSON. With CELERY_PROMISE_SIGNALS every process notes every signal in that file.
 """
 
+import datetime
 import json
 import os
 import time
 from pathlib import Path
 
-from celery import Celery, Task, signals
+from celery import Celery, Task, chain, current_task, signals
 from celery.contrib.abortable import AbortableTask
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, SoftTimeLimitExceeded
+from celery.utils.log import get_task_logger
+from celery.worker.request import Request
 
 KINDS = ("gpu", "cpu")
 QUEUE = "promise"
+OTHER_QUEUE = "promise.other"  # consumed, too
+PARKED = "promise.parked"  # by nobody
 
 app = Celery("promise")
 app.conf.update(
@@ -22,6 +27,8 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     **json.loads(os.environ.get("CELERY_PROMISE", "{}")),
 )
+
+logger = get_task_logger(__name__)
 
 
 def note(path, text):
@@ -298,6 +305,286 @@ def tells_of_another(self, task_id):
 def bad_meta(self):
     self.update_state(state="PROGRESS", meta={"value": Path})
     return "went on"
+
+
+# ---- bodies for retries
+
+
+@both(bind=True, max_retries=3, default_retry_delay=0)
+def again(self, path, how, value=0):
+    """Retries once, as `how` says; returns how the second run was called."""
+    request = self.request
+    note(path, f"{request.retries} {value}")
+    if request.retries:
+        return [request.retries, value, request.delivery_info["routing_key"], request.eta is not None]
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=0.2)
+    options = {
+        "plain": {}, "countdown": {"countdown": 0.2}, "eta": {"eta": soon}, "queue": {"queue": OTHER_QUEUE},
+        "args": {"args": (path, how, 5)}, "kwargs": {"kwargs": {"value": 6}}, "parked": {"queue": PARKED},
+        "both": {"args": (path,), "kwargs": {"how": how, "value": 9}}, "unpicklable": {"exc": Unpicklable("1", two=2)},
+        "parked with error": {"exc": PromiseError(8), "queue": PARKED},
+    }  # fmt: skip
+    if how == "not thrown":
+        wanted = self.retry(throw=False, queue=PARKED)
+        return ["went on", isinstance(wanted, Retry)]
+    if how == "by hand":
+        raise Retry("by hand", exc=PromiseError(7))
+    if how == "swallowed":
+        try:
+            raise self.retry(queue=PARKED)
+        except Retry:
+            return "swallowed"
+    raise self.retry(**options[how])
+
+
+@both(bind=True, max_retries=2, default_retry_delay=0)
+def never(self, path, how="plain"):
+    """Retries for ever, or so it tries."""
+    note(path, self.request.retries)
+    try:
+        {}["missing"]
+    except KeyError as error:
+        if how == "plain":
+            raise self.retry()  # noqa: B904 - as users write it
+        if how == "exc":
+            raise self.retry(exc=PromiseError(self.request.retries)) from error
+        if how == "same exc":
+            raise self.retry(exc=error)  # noqa: B904
+        if how == "fewer":
+            raise self.retry(max_retries=1)  # noqa: B904
+        try:
+            raise self.retry()
+        except MaxRetriesExceededError as over:
+            return ["gave up", str(over).partition("[")[0], list(over.task_args), over.task_kwargs]
+
+
+@both(bind=True, max_retries=None, default_retry_delay=0)
+def endless(self, until):
+    if self.request.retries < until:
+        raise self.retry()
+    return self.request.retries
+
+
+@both(bind=True, acks_late=False, default_retry_delay=0)
+def early(self, path):
+    note(path, self.request.retries)
+    if self.request.retries < 2:
+        raise self.retry()
+    return self.request.retries
+
+
+class Temporary(PromiseError):
+    """Worth another try."""
+
+
+class Permanent(Temporary):
+    """Not worth it."""
+
+
+AUTO = {"Temporary": Temporary, "Permanent": Permanent, "KeyError": KeyError, "ValueError": ValueError}
+
+
+@both(bind=True, autoretry_for=(Temporary, KeyError, Unpicklable), dont_autoretry_for=(Permanent,), max_retries=2,
+      default_retry_delay=0)  # fmt: skip
+def auto(self, path, name, until):
+    note(path, self.request.retries)
+    if self.request.retries < until:
+        raise Unpicklable("odd", two=2) if name == "Unpicklable" else AUTO[name](self.request.retries)
+    return self.request.retries
+
+
+@both(bind=True, autoretry_for=(Exception,), retry_kwargs={"max_retries": 1, "countdown": 0})
+def auto_once(self, path, how="fails"):
+    note(path, self.request.retries)
+    if how == "ignores":
+        raise Ignore()
+    if how == "retries":
+        raise self.retry(countdown=0)
+    raise PromiseError(self.request.retries)
+
+
+@both(bind=True, autoretry_for=(SoftTimeLimitExceeded,), soft_time_limit=0.3, default_retry_delay=0)
+def auto_soft(self):
+    while not self.request.retries:
+        time.sleep(0.01)
+    return self.request.retries
+
+
+def backing_off(**options):
+    return both(autoretry_for=(Exception,), max_retries=9, retry_kwargs={"queue": PARKED}, **options)
+
+
+@backing_off(retry_backoff=10, retry_jitter=False)
+def backs_off():
+    raise PromiseError(1)
+
+
+@backing_off(retry_backoff=10, retry_backoff_max=15, retry_jitter=False)
+def backs_off_at_most():
+    raise PromiseError(1)
+
+
+@backing_off(retry_backoff=True)
+def backs_off_by_chance():
+    raise PromiseError(1)
+
+
+@both(bind=True)
+def replaces_badly(self, path):
+    """Nothing after a replacement runs; a replacement that makes no sense is an error."""
+    if path:
+        try:
+            self.replace(self.app.signature(self.name.replace("replaces_badly", "same"), ("replaced",)))
+            note(path, "went on")
+        finally:
+            note(path, "finally")
+    raise self.replace(chain())
+
+
+# ---- bodies for calling
+
+
+@both(bind=True)
+def request_of(self, *args, **kwargs):
+    """The request as a body sees it, all of it."""
+    return {key: value for key, value in vars(self.request).items() if not key.startswith("_")}
+
+
+@both()
+def clock():
+    return time.time()
+
+
+@both(rate_limit="60/m")
+def rated():
+    return time.time()
+
+
+@both(typing=False)
+def untyped(a, b):
+    return a + b
+
+
+@both(serializer="yaml")
+def as_yaml(value):
+    return [type(value).__name__, sorted(value)]
+
+
+@both(bind=True)
+def naps(self, seconds, catch=False):
+    try:
+        time.sleep(seconds)
+    except SoftTimeLimitExceeded:
+        if not catch:
+            raise
+        return "caught"
+    return "slept"
+
+
+@both(bind=True)
+def logs(self, text):
+    logger.warning(text)
+    return [current_task.request.id, current_task.name, self.request.id]
+
+
+class Hooked(Task):
+    """Notes each handler with its arguments, in the file that is the first argument."""
+
+    def _note(self, hook, path, *values):
+        note(path, json.dumps([hook, os.getpid(), self.request.id, *values], default=repr))
+
+    def before_start(self, task_id, args, kwargs):
+        self.request.set_before = "red"
+        self._note("before_start", args[0], task_id, args, kwargs)
+        if args[1] == "before":
+            raise PromiseError("before")
+
+    def on_success(self, retval, task_id, args, kwargs):
+        self._note("on_success", args[0], retval, task_id, args, kwargs)
+        if args[1] == "broken":
+            raise PromiseError("on_success")
+
+    def on_failure(self, exc, task_id, args, kwargs, einfo):
+        self._note("on_failure", args[0], repr(exc), task_id, args, kwargs, "PromiseError" in str(einfo))
+
+    def on_retry(self, exc, task_id, args, kwargs, einfo):
+        self._note("on_retry", args[0], repr(exc), task_id, args, kwargs, "Retry" in str(einfo))
+
+    def after_return(self, status, retval, task_id, args, kwargs, einfo):
+        self._note("after_return", args[0], status, repr(retval), task_id, args, kwargs, einfo)
+        if args[1] == "broken":
+            raise PromiseError("after_return")
+
+
+@both(bind=True, base=Hooked, default_retry_delay=0)
+def hooked(self, path, how, extra=None):
+    note(path, json.dumps(["body", os.getpid(), self.request.id]))
+    if how == "fails":
+        raise PromiseError("body")
+    if how == "retries" and not self.request.retries:
+        raise self.retry(exc=PromiseError("again"))
+    if how == "too long":
+        time.sleep(60)
+    return self.request.get("set_before")
+
+
+class Called(Task):
+    """Surrounds the body, and keeps what was made for the first one in its process."""
+
+    made = None
+
+    def __call__(self, *args, **kwargs):
+        if self.made is None:
+            self.made = [os.getpid(), 0]
+        self.made[1] += 1
+        return ["around", self.request.id, super().__call__(*args, **kwargs)]
+
+
+@both(bind=True, base=Called)
+def called(self, value):
+    return [value, os.getpid(), *self.made]
+
+
+class NotingRequest(Request):
+    """As in Celery's documentation: told of each task in the worker, by its first argument."""
+
+    def _note(self, what):
+        note(self.args[0], f"{what} {os.getpid()}")
+
+    def on_accepted(self, pid, time_accepted):
+        self._note("accepted")
+        return super().on_accepted(pid, time_accepted)
+
+    def on_success(self, failed__retval__runtime, **kwargs):
+        self._note("success")
+        return super().on_success(failed__retval__runtime, **kwargs)
+
+    def on_failure(self, exc_info, send_failed_event=True, return_ok=False):
+        self._note(f"failure {type(exc_info.exception).__name__}")
+        return super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def on_retry(self, exc_info):
+        self._note("retry")
+        return super().on_retry(exc_info)
+
+    def on_timeout(self, soft, timeout):
+        self._note(f"{'soft' if soft else 'hard'} {timeout:g}")
+        return super().on_timeout(soft, timeout)
+
+
+class Requested(Task):
+    Request = "tests.apps.promise:NotingRequest"
+
+
+@both(bind=True, base=Requested, default_retry_delay=0)
+def requested(self, path, how=None):
+    if how == "fails":
+        raise PromiseError(1)
+    if how == "retries" and not self.request.retries:
+        raise self.retry()
+    if how == "too long":
+        time.sleep(60)
+    return how
 
 
 # ---- signals

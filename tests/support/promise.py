@@ -1,5 +1,6 @@
 """Worker and producer of the tests that compare a GPU task with the same CPU task (`tests.apps.promise`)."""
 
+import base64
 import contextlib
 import json
 import socket
@@ -8,7 +9,7 @@ import uuid
 import pytest
 from celery import Celery
 
-from tests.apps.promise import QUEUE
+from tests.apps.promise import OTHER_QUEUE, PARKED, QUEUE
 from tests.support.services import Worker
 
 GET = {"timeout": 60}
@@ -18,7 +19,7 @@ GET = {"timeout": 60}
 def serving(environment, folder, conf=None, children=2, **variables):
     """A worker on the promise app; it must survive every test, and leave nothing in the broker."""
     env = {**environment, "CELERY_PROMISE": json.dumps(conf or {}), **variables}
-    options = ("-c", str(children), "-n", "promise@%h")
+    options = ("-c", str(children), "-n", "promise@%h", "-Q", f"{QUEUE},{OTHER_QUEUE}")
     worker = Worker(folder, *options, app="tests.apps.promise:app", env=env)
     try:
         yield worker
@@ -44,8 +45,21 @@ def forget_results(app):
 
 
 def left(redis_server):
-    """Messages waiting and messages taken but not acknowledged."""
-    return redis_server.client.llen(QUEUE), redis_server.client.zcard("unacked_index")
+    """Messages waiting, of any priority, and messages taken but not acknowledged."""
+    client = redis_server.client
+    keys = [QUEUE, *client.keys(f"{QUEUE}\x06*")]
+    return sum(client.llen(key) for key in keys), client.zcard("unacked_index")
+
+
+def parked(redis_server):
+    """Messages in the queue nobody consumes, taken out: headers with `args`, `kwargs`, `embed` and `priority`."""
+    found = []
+    while keys := redis_server.client.keys(f"{PARKED}*"):
+        message = json.loads(redis_server.client.rpop(keys[0]))
+        args, kwargs, embed = json.loads(base64.b64decode(message["body"]))
+        priority = message["properties"]["priority"]
+        found.append({**message["headers"], "args": args, "kwargs": kwargs, "embed": embed, "priority": priority})
+    return found
 
 
 def meta(redis_server, task_id):

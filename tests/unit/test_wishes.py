@@ -89,13 +89,14 @@ def test_the_last_retry_raises_the_error_it_was_for(task, wishes):
 def test_the_last_retry_raises_the_tasks_own_exhaustion_error(task):
     """Celery raises `self.MaxRetriesExceededError`, which a task class may set."""
 
-    class Exhausted(Exception):
+    class Exhausted(MaxRetriesExceededError):
         pass
 
     task.MaxRetriesExceededError = Exhausted
     task.request.retries = 3
-    with pytest.raises(Exhausted):
-        task.retry()
+    with pytest.raises(Exhausted) as caught:
+        task.retry(args=[7])
+    assert caught.value.task_args == [7]
 
 
 def test_a_limit_of_the_call_counts_instead_of_the_tasks(task, wishes):
