@@ -27,6 +27,7 @@ class HybridConsumer:
     task_consumer: Any
     timer: Any
     prefetch_multiplier: int
+    _maximum_prefetch_restored: bool
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
         self._on_cpu_request = on_task_request
@@ -79,6 +80,7 @@ class HybridConsumer:
         handle = self._waiting.get(request)
         if handle is not None and request.revoked():
             del self._waiting[request]
+            handle.announced = True  # Celery has ended it: an `Accepted` on its way would announce it a second time
             handle.terminate(signal.SIGTERM)
 
     def _widen(self, request: Any) -> None:
@@ -117,6 +119,22 @@ class HybridConsumer:
         self._waiting.clear()
         self._slots.clear()
         self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)
+
+    def _restore_prefetch_count_after_connection_restart(self, p: Any, *args: Any) -> None:
+        """Celery sets the count anew, step by step, to the children's window; what GPU tasks have added comes on top."""
+        if not self._maximum_prefetch_restored:
+            with self.qos._mutex:
+                super()._restore_prefetch_count_after_connection_restart(p, *args)  # type: ignore[misc]
+                self.qos.value += self._wider
+
+    @property
+    def _new_prefetch_count(self) -> int:
+        count: int = super()._new_prefetch_count  # type: ignore[misc]
+        return count - self._wider
+
+    @property
+    def _wider(self) -> int:
+        return sum(qos is self.qos for qos in self._held.values())
 
     def cancel_active_requests(self) -> None:
         """Soft and cold shutdown: nothing has been read during the wait, so hear first what has finished."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import billiard
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import Terminated, WorkerLostError
 from celery import signals
 from celery.worker import state as worker_state
 
@@ -63,6 +63,7 @@ class GpuRequest:
         self.run = run
         self.accepted = False  # its call is with an actor
         self.announced = False  # Celery has been told so, once
+        self.cancelled = False  # Celery does not want it any more
         self.on_accepted: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
         self.callbacks = callbacks
@@ -70,6 +71,7 @@ class GpuRequest:
 
     def terminate(self, signum: int) -> None:
         """Cancel this one task; called by Celery on revoke and on cold shutdown, also from signal handlers."""
+        self.cancelled = True
         self._cancel(self, signum)
 
 
@@ -267,6 +269,7 @@ class DriverSupervisor:
             if not request.announced:  # what was announced may have been acknowledged: the broker has it no more
                 del self._requests[serial]
         self._send(Flush())
+        self._flush()  # now: the event loop rests while Celery connects again, and actors would go on with it
 
     def _cancel(self, request: GpuRequest, signum: int) -> None:
         if request.run.serial in self._requests and not self._busy:
@@ -400,16 +403,21 @@ class DriverSupervisor:
         planned, self._restarting = self._restarting, False
         for request in self._requests.values():
             request.run = request.run._replace(lost=request.run.lost + (not planned))
-        lost = [each for each in self._requests.values() if each.accepted or each.run.lost >= MAX_LOST]
+        wanted = [each for each in self._requests.values() if not each.cancelled]
+        lost = [each for each in wanted if each.accepted or each.run.lost >= MAX_LOST]
         logger.log(
             logging.INFO if planned and not lost else logging.ERROR,
             "the GPU driver ended (exit code %s): %d GPU tasks are lost, %d go to the next driver",
-            code, len(lost), len(self._requests) - len(lost),
+            code, len(lost), len(wanted) - len(lost),
         )  # fmt: skip
         for request in lost:
             del self._requests[request.run.serial]
             error = WorkerLostError(f"the GPU driver (pid {self._process.pid}) ended with exit code {code}")
             _call(request.callbacks["error_callback"], _einfo(error))
+            _call(request.on_end)
+        for request in [each for each in self._requests.values() if each.cancelled]:
+            del self._requests[request.run.serial]
+            _call(request.callbacks["error_callback"], _einfo(Terminated(signal.SIGTERM)))
             _call(request.on_end)
         self.report = {**self.report, "actors": []}
         if self._giving_back:
