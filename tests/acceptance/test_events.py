@@ -155,3 +155,19 @@ def test_a_monitors_state_knows_each_task_with_its_worker(events, histories):
         task_id = histories["gpu"][name][0]["uuid"]
         task = events.state.tasks[task_id]
         assert (task.state, task.worker.hostname.split("@")[0]) == (state, "twins")
+
+
+def test_a_task_revoked_at_the_moment_of_its_start_is_announced_once(client, events, tmp_path):
+    """The command may come between the driver's STARTED and the worker's notice of it."""
+
+    def revoked_when_stored():
+        running = client.send_task("twins.gpu.waits", [str(tmp_path / "never")])
+        wait_for(lambda: running.state == "STARTED", "the state", every_s=0)
+        client.control.revoke(running.id, terminate=True, signal="SIGTERM")
+        wait_for(running.ready, "its end", every_s=0.01)
+        return running.id
+
+    sent = [revoked_when_stored() for _ in range(30)]
+    last = client.send_task("twins.gpu.nap", [0])
+    wait_for(lambda: "task-succeeded" in types(events.of(last.id)), "the last task's events")
+    assert {types(events.of(task_id)).count("task-revoked") for task_id in sent} == {1}
