@@ -121,7 +121,7 @@ class HybridConsumer:
         self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)
 
     def _restore_prefetch_count_after_connection_restart(self, p: Any, *args: Any) -> None:
-        """Celery sets the count anew, step by step, to the children's window; what GPU tasks have added comes on top."""
+        """Celery sets the count anew, step by step, to the children's window; GPU tasks' share comes on top."""
         if not self._maximum_prefetch_restored:
             with self.qos._mutex:
                 super()._restore_prefetch_count_after_connection_restart(p, *args)  # type: ignore[misc]
