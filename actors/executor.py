@@ -45,6 +45,7 @@ from actors.journal import Journal
 from actors.logs import LogCapture
 from actors.release import LoadedTask, connection_closer, load_app, load_tasks
 from actors.residents import load_all
+from actors.signals import executor_init
 from actors.wishes import Wishes
 
 #: The actor is told of finished tasks at most this often while a call goes on; it can always read the journal itself.
@@ -81,6 +82,7 @@ class Executor:
         self._say(Step("warming the device"))
         self._device = devices.open_device(self._config.device, self._config.memory_limit)
         self._device.warm_up()
+        executor_init.send(sender=app, device=self._device.describe()._asdict())
         self._say(Step("loading residents"))
         load_all()
         self._say(Step("running examples"))
