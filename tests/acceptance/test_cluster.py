@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.acceptance.test_startup import run, the_line
-from tests.support.services import ROOT, RayCluster, Worker
+from tests.support.services import ROOT, RayCluster, Worker, wait_for
 
 GET = {"timeout": 60}
 
@@ -71,6 +71,32 @@ def test_a_cluster_with_a_token_lets_in_who_has_it_and_tells_others(cluster, env
     code, said, output = run("-A", "tests.apps.shop:app", env={**base, "RAY_AUTH_TOKEN": "f" * 64})
     assert code == 69 and "RAY_AUTH_TOKEN was refused" in the_line(said, output)
     assert secret not in output and "f" * 64 not in output
+
+
+def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, tmp_path):
+    name = f"pair@{socket.gethostname()}"
+    env = {**environment, "BRIDGE_RAY_ADDRESS": cluster(gpus=2).address, "BRIDGE_BEAT_S": "0.2"}
+    worker = Worker(tmp_path, "-c", "1", "-Q", "pair", "-n", "pair@%h", env=env)
+    control = producer.control
+
+    def actors():
+        return control.inspect(destination=[name], timeout=20)._request("gpu")[name]["actors"]
+
+    wait_for(lambda: [actor["state"] for actor in actors()] == ["ready"] * 2, "both actors")
+    before = {actor["slot"]: actor["pid"] for actor in actors()}
+    control.broadcast("gpu_restart", destination=[name], reply=True, timeout=20)
+    results, seen = [], []
+
+    def restarted():
+        results.append(producer.send_task("shop.add", [len(results), 0], queue="pair"))
+        now = actors()
+        seen.append(sum(actor["state"] == "ready" for actor in now))
+        return all(actor["state"] == "ready" and actor["pid"] != before[actor["slot"]] for actor in now)
+
+    wait_for(restarted, "two new actors")
+    assert set(seen) >= {1, 2} and 0 not in seen, "one is always there"
+    assert [result.get(**GET) for result in results] == list(range(len(results)))
+    assert worker.stop() == 0
 
 
 def test_a_cluster_of_another_ray_version(cluster, environment, monkeypatch):

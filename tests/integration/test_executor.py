@@ -43,7 +43,16 @@ APP = '''
 import concurrent.futures, ctypes, logging, os, queue, signal, socket, subprocess, sys, threading, time
 from celery import Celery, Task
 from celery.utils.log import get_task_logger
-from bridge import batched
+from bridge import batched, executor_init
+
+started = []
+
+
+@executor_init.connect
+def on_start(sender, device, **_):
+    started.append([sender.main, device["kind"]])
+    raise KeyError("logged, and stops nothing")
+
 
 VERSION = "one"
 app = Celery("bodies", broker="memory://")
@@ -200,6 +209,10 @@ def tells_for_ever(self):
 def bad_progress(self):
     self.update_state(state="PROGRESS", meta={"done": threading.Lock()})
     return "done"
+
+@app.task
+def starts():
+    return started
 
 @app.task
 def says_and_holds(gate):
@@ -366,7 +379,7 @@ TASKS = [
     "echo", "pid", "version", "segfault", "segfault_times", "hold", "raises", "exits", "hard_exit", "stuck_in_c",
     "stubborn", "leaves_child", "fork_and_exit", "moves", "cwd", "prints", "logs", "closes_files", "big",
     "returns_lock", "who", "in_context", "retries", "progress", "bad_progress", "no_memory", "no_memory_once", "waits",
-    "no_memory_early", "says_and_holds",
+    "no_memory_early", "says_and_holds", "starts",
     "catches", "busy_with_locks", "logs_under_lock", "locks_are_free", "squares", "batch_segfault", "batch_sizes",
     "batch_hold", "progress_and_hold", "tells_for_ever",
 ]  # fmt: skip
@@ -815,6 +828,10 @@ def test_a_body_that_closes_descriptors_costs_an_executor_and_no_task(driver):
     outcomes = driver.outcomes(task("echo", 1), task("closes_files"), task("echo", 2))
     assert kinds(outcomes) == ["succeeded"] * 3
     assert driver.value("echo", 3) == 3
+
+
+def test_the_executors_own_signal_is_sent_once_before_its_first_body(driver):
+    assert driver.value("starts") == [["bodies", "cpu"]]
 
 
 # ---- logs
