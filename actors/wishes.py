@@ -82,9 +82,11 @@ class Wishes:
     def _add_to_chord(self, task: Any, sig: Any, lazy: bool) -> Any:
         if not task.request.chord:
             raise ValueError("Current task is not member of any chord")
+        if lazy:  # the body will send it itself, from here, and the chord must know of it before
+            return type(task).add_to_chord(task, sig, lazy=True)
         result = sig.freeze()  # names it, here and in the driver; the chord waits for this body, so also for the wish
-        self._tell_now("add_to_chord", (sig,), {"lazy": lazy})
-        return sig if lazy else result
+        self._tell_now("add_to_chord", (sig,), {})
+        return result
 
     def _replace(self, sig: Any) -> Any:
         self._record("replace", (sig,), {})

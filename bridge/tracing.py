@@ -115,9 +115,7 @@ class Tracing:
         if tracer.refusal is not None:
             raise tracer.refusal
         task = tracer.task
-        request = {key: value for key, value in task.run.request.items() if key != "kwargs"}
-        request["args"] = () if isinstance(request.get("args"), tuple) else []  # from pickle it is a tuple, else a list
-        task.payload = pickle.dumps((args, kwargs, request), 5)
+        task.payload = _payload(args, kwargs, vars(celery_task.request), task.run.request)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
@@ -141,6 +139,17 @@ class Tracing:
             self._answer(task, Ended(run.serial, einfo(error)))
         else:
             self._answer(task, Done(run.serial, result))
+
+
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> bytes:
+    """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
+    context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
+    context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
+    try:
+        return pickle.dumps((args, kwargs, context), 5)
+    except Exception:  # what a hook has put there belongs to this process
+        context = {key: value for key, value in context.items() if key in sent or key == "args"}
+        return pickle.dumps((args, kwargs, context), 5)
 
 
 def einfo(error: BaseException) -> ExceptionInfo:

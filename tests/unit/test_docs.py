@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,15 @@ def test_the_readmes_example_is_an_app_with_the_marks_it_shows():
     own = [task for name, task in app.tasks.items() if name.startswith("shop.") and task.app is app]
     assert set(find_marks(own, [])) == {"shop.norm", "shop.mean", "shop.double", "shop.look_up"}
     assert (scope["norm"]([3.0, 4.0]), scope["double"](2.0), scope["look_up"](7)) == (5.0, 4.0, 7)
+
+
+def test_the_example_tests_pass_as_they_are_written(tmp_path):
+    (shop, *_), (tests, *_) = blocks("README.md", "python"), blocks("docs/howto/testing.md", "python")
+    (tmp_path / "shop.py").write_text(shop)
+    (tmp_path / "test_shop.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_make_targets_the_documents_name_exist():
