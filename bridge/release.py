@@ -51,7 +51,7 @@ def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
         if any(fnmatchcase(key, each) for each in patterns) and not fnmatchcase(key, _NOT_ENVIRONMENT)
     )
     workdir = str(Path.cwd())
-    name = settings.release or _digest(module, script, tasks, sys_path, workdir, environment)
+    name = settings.release or _digest(module, attribute, script, tasks, sys_path, workdir, environment)
     return Release(name, f"{module}:{attribute}", script, sys_path, workdir, includes, tasks, environment)
 
 
