@@ -61,6 +61,7 @@ from bridge.scheduler import (
 )
 from bridge.settings import Settings, settings
 from bridge.tracing import TracedTask, Tracing, einfo, prepare
+from bridge.verdicts import Standing, Verdict, judge
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,12 @@ EXIT_NOT_STARTED = 76
 REPORT_S = 5.0
 #: How a task is cancelled by signals that mean something to a prefork child; any other interrupts its body.
 _BY_SIGNAL: dict[int, Reason] = {signal.SIGUSR1: Reason.SOFT_LIMIT, signal.SIGKILL: Reason.KILL}
-#: Reruns after losses nobody is to blame for, before the task fails instead of going round for ever.
-MAX_LOSSES = 10
+#: What a lost task's error says beyond how the process ended.
+_REMARKS = {
+    FailureKind.CRASHED: " The GPU executor died while the task ran.",
+    FailureKind.SUSPECT: " The GPU executor died while a batch ran that the task was part of.",
+    FailureKind.UNSURE: " The GPU actor was lost while the task ran, or may have run.",
+}
 
 
 class Driver:
@@ -396,61 +401,56 @@ class Driver:
             return
         if isinstance(outcome, Succeeded):
             self._tracing.resume(task, outcome)
-            return
-        match outcome.kind:
-            case FailureKind.CRASHED:
-                self._crashed(task, outcome)
-            case FailureKind.EXITED:
-                self._lose(task, f"Worker exited prematurely: {outcome.message}.")
-            case FailureKind.SUSPECT if self._may_run_twice(task):
+        else:
+            self._judge(task, actor, outcome)
+
+    def _judge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
+        """A failure: `bridge/verdicts.py` says what becomes of the task."""
+        standing = self._charge(task, actor, outcome)
+        match judge(outcome.kind, standing):
+            case Verdict.RESUME:
+                self._tracing.resume(task, outcome)
+            case Verdict.AGAIN:
+                self._again(task, alone=False)
+            case Verdict.AGAIN_ALONE:
                 self._again(task, alone=True)
-            case FailureKind.SUSPECT:
-                self._lose(task, f"Worker exited prematurely: {outcome.message}. It shared a run with other tasks")
-            case FailureKind.LOST:
-                self._lost(task, actor, outcome)
-            case FailureKind.UNSURE if self._may_run_twice(task):
-                self._lost(task, actor, outcome)
-            case FailureKind.UNSURE:
-                self._lose(task, f"Worker exited prematurely: the GPU actor was lost: {outcome.message}")
-            case FailureKind.HARD_LIMIT:
+            case Verdict.WORKER_LOST:
+                if outcome.logs:
+                    self._tracing.resume(task, Pending(task.token, True, (pickle.dumps(outcome.logs),)))
+                reason = f"Worker exited prematurely: {outcome.message}.{_REMARKS.get(outcome.kind, '')}"
+                self._end(task, einfo(WorkerLostError(reason)))
+            case Verdict.POISONED:
+                self._tracing.resume(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
+            case Verdict.UNAVAILABLE:
+                self._tracing.resume(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
+            case Verdict.TIMED_OUT:
                 self._tracing.stop(task)
                 self._answer(task, messages.TimedOut(task.run.serial, task.run.hard_limit_s or 0.0))
-            case FailureKind.CANCELLED:
+            case Verdict.CANCELLED:
                 self._end(task, einfo(Terminated(signal.SIGTERM)))
-            case _:
-                self._tracing.resume(task, outcome)
 
-    def _crashed(self, task: TracedTask, outcome: Failed) -> None:
-        task.crashes += 1
+    def _charge(self, task: TracedTask, actor: int, outcome: Failed) -> Standing:
+        """Count a crash or a loss; how the task stands then."""
         limit = self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
-        logger.error(
-            "%s[%s] was running when its executor died (%s): crash %d of %d",
-            task.run.task, task.run.id, outcome.message, task.crashes, limit,
-        )  # fmt: skip
-        if self._app.tasks[task.run.task].retry_on_worker_lost or not self._may_run_twice(task):
-            self._lose(task, f"Worker exited prematurely: {outcome.message}. The GPU executor died while the task ran")
-        elif task.crashes >= limit:
-            self._tracing.resume(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
-        else:
-            self._again(task, alone=True)
-
-    def _may_run_twice(self, task: TracedTask) -> bool:
-        """Celery's promise: only with late acknowledgement may a task run again after its process was lost."""
-        celery_task = self._app.tasks[task.run.task]
-        return bool(celery_task.acks_late) and celery_task.reject_on_worker_lost is not False
-
-    def _lose(self, task: TracedTask, reason: str) -> None:
-        """Hand a task that must not run again to Celery's own rules for a lost worker."""
-        self._end(task, einfo(WorkerLostError(reason)))
-
-    def _lost(self, task: TracedTask, actor: int, outcome: Failed) -> None:
-        task.losses += 1
-        if actor in self._ready:
-            self._lose_actor(actor, outcome.message)
-        if task.losses > MAX_LOSSES:
-            self._tracing.resume(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
-        else:
-            self._again(task, alone=False)
+        if outcome.kind is FailureKind.CRASHED:
+            task.crashes += 1
+            logger.error(
+                "%s[%s] was running when its executor died (%s): crash %d of %d",
+                task.run.task, task.run.id, outcome.message, task.crashes, limit,
+            )  # fmt: skip
+        elif outcome.kind in (FailureKind.LOST, FailureKind.UNSURE):
+            task.losses += 1
+            if actor in self._ready:
+                self._lose_actor(actor, outcome.message)
+        options = self._app.tasks[task.run.task]
+        return Standing(
+            acks_late=bool(options.acks_late),
+            reject_on_worker_lost=options.reject_on_worker_lost,
+            retry_on_worker_lost=bool(options.retry_on_worker_lost),
+            max_crashes=limit,
+            crashes=task.crashes,
+            losses=task.losses,
+        )
 
     # ---- actors
 
