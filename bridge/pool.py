@@ -186,11 +186,13 @@ class HybridPool(TaskPool):
 
 
 def _seconds(value: Any) -> float | None:
-    """A limit as a client of any language may write it."""
-    seconds = None if value is None else float(value)
-    if seconds is not None and not math.isfinite(seconds):
+    """A limit as a client of any language may write it; a number stays as it is, for errors and logs show it."""
+    if value is None:
+        return None
+    seconds = float(value)
+    if not math.isfinite(seconds):
         raise ValueError(value)
-    return seconds
+    return value if isinstance(value, int) else seconds
 
 
 def _jsonable(actor: dict[str, Any]) -> dict[str, Any]:
