@@ -91,7 +91,7 @@ def test_a_failure_ends_the_chain(s, tmp_path):
     ran = tmp_path / "ran"
     result = (s("add", 1, 1) | s("fails", code=7) | s("notes", str(ran)) | s("notes", str(ran))).apply_async()
     assert failure(result)[:2] == ("PromiseError", [7, "because"])
-    assert result.parent.state == "FAILURE", "what follows is marked, so nobody waits for it"
+    wait_for(lambda: result.parent.state == "FAILURE", "what follows to be marked, so nobody waits for it")
     assert result.parent.parent.parent.get(**GET) == 2
     assert lines(ran) == []
 

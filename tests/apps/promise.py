@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from billiard.einfo import ExceptionWithTraceback
 from celery import Celery, Task, chain, current_task, signals
 from celery.contrib.abortable import AbortableTask
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, SoftTimeLimitExceeded
@@ -555,12 +556,9 @@ class NotingRequest(Request):
         self._note("accepted")
         return super().on_accepted(pid, time_accepted)
 
-    def on_success(self, failed__retval__runtime, **kwargs):
-        self._note("success")
-        return super().on_success(failed__retval__runtime, **kwargs)
-
     def on_failure(self, exc_info, send_failed_event=True, return_ok=False):
-        self._note(f"failure {type(exc_info.exception).__name__}")
+        error = exc_info.exception
+        self._note(f"failure {type(error.exc if isinstance(error, ExceptionWithTraceback) else error).__name__}")
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_retry(self, exc_info):

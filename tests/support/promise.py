@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 
 from tests.apps.promise import OTHER_QUEUE, PARKED, QUEUE
-from tests.support.services import Worker
+from tests.support.services import Worker, wait_for
 
 GET = {"timeout": 60}
 
@@ -78,7 +78,7 @@ def failure(result):
     """(class name, arguments, traceback) of a failed task, as a producer without the app's code sees it."""
     with pytest.raises(Exception) as caught:
         result.get(**GET)
-    assert result.state == "FAILURE"
+    wait_for(lambda: result.state == "FAILURE", "the state")  # `get` raises a parent's error as soon as that has failed
     return type(caught.value).__name__, list(caught.value.args), result.traceback or ""
 
 
