@@ -4,7 +4,9 @@ Everything reaches the pool through the consumer's `on_task_request`: direct, ET
 grows by one per GPU task held unacknowledged, by Celery's own mechanism for ETA tasks, and shrinks with them.
 """
 
+import math
 import signal
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +15,9 @@ from celery.worker.state import reserved_requests
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from bridge.supervisor import GpuRequest
+
+#: Pause between two looks for expired requests, in seconds, at least.
+LOOK_AGAIN_S = 0.05
 
 
 class HybridConsumer:
@@ -34,6 +39,7 @@ class HybridConsumer:
         self._slots = LaxBoundedSemaphore(kwargs["pool"].gpu_slots)
         self._held: dict[Any, Any] = {}  # request -> the qos object it has widened
         self._waiting: dict[Any, GpuRequest] = {}  # requests in the driver that no actor has taken
+        self._look_due = math.inf  # when expired ones are looked for
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
     def _route(self, request: Any) -> None:
@@ -57,8 +63,7 @@ class HybridConsumer:
             handle.on_end = lambda: self._end(request)
             self._waiting[request] = handle
             if request.expires:
-                now = datetime.now(UTC if request.expires.tzinfo else None)
-                self.timer.call_after((request.expires - now).total_seconds(), self._withdraw, (request,))
+                self._look_at(time.monotonic() + _seconds_until(request.expires))
 
     def _accepted(self, request: Any) -> None:
         self._waiting.pop(request, None)
@@ -71,17 +76,27 @@ class HybridConsumer:
         self._slots.release()
 
     def withdraw_revoked(self) -> None:
-        """Take back what waits for a GPU and has been revoked meanwhile: by id or by a stamped header."""
-        for request in list(self._waiting):
-            self._withdraw(request)
+        """Take back what waits for a GPU and has expired or been revoked meanwhile, by id or by a stamped header."""
+        for request, handle in list(self._waiting.items()):
+            if request.revoked():  # Celery looks again, and announces it
+                del self._waiting[request]
+                handle.announced = True  # or an `Accepted` that is on its way would announce it a second time
+                handle.terminate(signal.SIGTERM)
 
-    def _withdraw(self, request: Any) -> None:
-        """Celery looks again whether a request is revoked or has expired, and announces it; then it is taken back."""
-        handle = self._waiting.get(request)
-        if handle is not None and request.revoked():
-            del self._waiting[request]
-            handle.announced = True  # Celery has ended it: an `Accepted` on its way would announce it a second time
-            handle.terminate(signal.SIGTERM)
+    def _look_at(self, due: float) -> None:
+        """Look for expired requests at `due`; one timer for the earliest, for kombu keeps each until its time."""
+        if due < self._look_due:
+            self._look_due = due
+            self.timer.call_after(max(0.0, due - time.monotonic()), self._look, (due,))
+
+    def _look(self, due: float) -> None:
+        if due != self._look_due:
+            return  # an earlier one has taken its place
+        self._look_due = math.inf
+        self.withdraw_revoked()
+        expiring = [_seconds_until(request.expires) for request in self._waiting if request.expires]
+        if expiring:
+            self._look_at(time.monotonic() + max(LOOK_AGAIN_S, min(expiring)))
 
     def _widen(self, request: Any) -> None:
         """Let one more message in for this one, while it is neither acknowledged nor one of a CPU child's share."""
@@ -117,6 +132,7 @@ class HybridConsumer:
         super().on_close()  # type: ignore[misc]
         self._held.clear()
         self._waiting.clear()
+        self._look_due = math.inf
         self._slots.clear()
         self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)
 
@@ -161,6 +177,10 @@ class HybridAutoscaler:
     def qty(self) -> int:
         """CPU tasks reserved."""
         return sum(not self.pool.is_gpu(request) for request in tuple(reserved_requests))
+
+
+def _seconds_until(moment: datetime) -> float:
+    return (moment - datetime.now(UTC if moment.tzinfo else None)).total_seconds()
 
 
 def hybrid_consumer(base: type) -> type:

@@ -5,6 +5,7 @@ rules for a lost worker; what had not started goes to the next driver.
 """
 
 import logging
+import math
 import os
 import select
 import signal
@@ -64,6 +65,7 @@ class GpuRequest:
         self.accepted = False  # its call is with an actor
         self.announced = False  # Celery has been told so, once
         self.cancelled = False  # Celery does not want it any more
+        self.overdue_at = math.inf  # its hard limit has passed by then, and more than that
         self.on_accepted: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
         self.callbacks = callbacks
@@ -91,6 +93,7 @@ class DriverSupervisor:
         self._process: Any = None
         self._link: Link | None = None
         self._hub: Any = None
+        self._hub_uses = 0
         self._busy = False  # inside a read or write: a signal handler must not enter a second time
         self._flushes_later = False
         self._stopping = False
@@ -166,6 +169,8 @@ class DriverSupervisor:
         """Serve the link on the worker's event loop; again after each reconnect to the broker."""
         self._hub = hub
         self._flushes_later = False  # a lost connection may have taken our timers with its own
+        self._hub_uses += 1
+        hub.call_later(BACKSTOP_S, self._enforce, self._hub_uses)
         if self._restart_at is not None:
             hub.call_later(max(0.0, self._restart_at - time.monotonic()), self._restart)
         self._register()
@@ -378,19 +383,19 @@ class DriverSupervisor:
         request.announced = True
         _call(request.callbacks["accept_callback"], self.pid, at)
         _call(request.on_accepted)
-        limit = request.run.hard_limit_s
-        if limit and self._hub is not None:
-            self._hub.call_later(limit + BACKSTOP_S, self._enforce, request.run.serial)
+        if request.run.hard_limit_s:
+            request.overdue_at = time.monotonic() + request.run.hard_limit_s + BACKSTOP_S
 
-    def _enforce(self, serial: int) -> None:
+    def _enforce(self, hub_use: int) -> None:
         """The actor enforces limits; this ends a driver that has let one pass and says nothing any more."""
-        if serial not in self._requests or self._process is None or not self._process.is_alive():
-            return
-        if time.monotonic() - self._heard_at > BACKSTOP_S:
+        if hub_use != self._hub_uses:
+            return  # the hub was registered anew, with a timer of its own
+        self._hub.call_later(BACKSTOP_S, self._enforce, hub_use)
+        now = time.monotonic()
+        is_silent = now - self._heard_at > BACKSTOP_S
+        if is_silent and self._link is not None and any(now > each.overdue_at for each in self._requests.values()):
             logger.error("the GPU driver let a hard time limit pass and does not answer; it is ended")
             os.kill(self._process.pid, signal.SIGKILL)
-        else:
-            self._hub.call_later(BACKSTOP_S, self._enforce, serial)
 
     # ---- death
 

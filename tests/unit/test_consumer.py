@@ -266,6 +266,30 @@ def test_expiry_is_looked_at_again_when_it_is_due(consumer, zone):
     assert request.handle.terminated == [signal.SIGTERM]
 
 
+def test_one_timer_serves_all_that_expire(consumer):
+    consumer._slots.initial_value = consumer._slots.value = 1000
+    now = datetime.now(UTC)
+    requests = [Request(expires=now + timedelta(seconds=60 + n)) for n in range(500)]
+    for request in requests:
+        consumer.on_task_request(request)
+    assert len(consumer.timer.calls) == 1, "kombu keeps every timer until its time"
+    sooner = Request(expires=now + timedelta(seconds=10))
+    consumer.on_task_request(sooner)
+    (_, at_60), (seconds, at_10) = consumer.timer.calls
+    assert 8 < seconds <= 10
+    sooner.is_revoked = True
+    at_10()
+    assert sooner.handle.terminated and not requests[0].handle.terminated
+    seconds, at_60_again = consumer.timer.calls[-1]
+    assert len(consumer.timer.calls) == 3 and 58 < seconds <= 60
+    at_60()
+    assert len(consumer.timer.calls) == 3, "its place was taken"
+    for request in requests:
+        request.end()
+    at_60_again()
+    assert len(consumer.timer.calls) == 3, "nothing expires any more"
+
+
 def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(consumer):
     ended, started = (Request(expires=datetime.now(UTC)) for _ in range(2))
     consumer.on_task_request(ended), consumer.on_task_request(started)
@@ -273,10 +297,12 @@ def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(cons
     dropped = Request(expires=datetime.now(UTC))
     consumer.on_task_request(dropped)
     consumer.on_close()
-    for request, (_, fire) in zip((ended, started, dropped), consumer.timer.calls, strict=True):
+    for request in (ended, started, dropped):
         request.is_revoked = True
+    for _, fire in list(consumer.timer.calls):
         fire()
-        assert request.handle.terminated == []
+    consumer.withdraw_revoked()
+    assert [request.handle.terminated for request in (ended, started, dropped)] == [[], [], []]
 
 
 def test_what_has_finished_is_heard_before_active_requests_are_cancelled(consumer):
