@@ -395,3 +395,29 @@ def test_a_bodys_log_lines_name_their_task(worker, send, kind):
     result = send("logs", "a line of its own")
     assert result.get(**GET) == [result.id, f"{kind}.logs", result.id], "current_task is the task"
     worker.says(f"{kind}.logs[{result.id}]: a line of its own")
+
+
+# ---- ways to write a task
+
+
+def test_tasks_written_in_other_ways(send, kind):
+    """As a class registered by hand, under a decorator of the user's own, shared, with every kind of parameter."""
+    assert send("class_based", 0).get(**GET) == ["made once", 0, f"{kind}.class_based", "!"]
+    assert send("class_based", 2, kwargs={"suffix": "?"}).get(**GET) == ["made once", 2, f"{kind}.class_based", "?"]
+    assert failure(send("class_based", 9))[:2] == ("PromiseError", [2, "because"])
+    assert send("decorated", "ab").get(**GET) == "abab!"
+    assert send("decorated", "ab", kwargs={"times": 1}).get(**GET) == "ab!"
+    assert send("shared", 1).get(**GET) == [f"{kind}.shared", 1, [], "keyword", {}]
+    assert send("shared", 1, 2, 3, kwargs={"by": 4, "x": 5}).get(**GET) == [f"{kind}.shared", 1, [2, 3], 4, {"x": 5}]
+
+
+def test_celerys_pydantic_options(send):
+    assert send("orders", {"count": 1}).get(**GET) == {"count": 1}, "dumped without what is None"
+    assert send("orders", {"count": 1}, kwargs={"other": {"count": 2}}).get(**GET) == {"count": 3, "note": "Order"}
+    assert send("strictly", {"count": 4}).get(**GET) == 4
+    for result, text in (
+        (send("orders", {"count": 6}), "more than 5"), (send("strictly", {"count": "4"}), "valid integer"),
+        (send("orders", {"count": "x"}), "valid integer"),
+    ):  # fmt: skip
+        _, _, traceback = failure(result)  # JSON cannot rebuild pydantic's own error
+        assert text in traceback and "ValidationError" in traceback

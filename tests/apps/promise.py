@@ -4,17 +4,19 @@ Settings come from the environment as JSON. With CELERY_PROMISE_SIGNALS every pr
 """
 
 import datetime
+import functools
 import json
 import os
 import time
 from pathlib import Path
 
 from billiard.einfo import ExceptionWithTraceback
-from celery import Celery, Task, chain, current_task, signals
+from celery import Celery, Task, chain, current_task, shared_task, signals
 from celery.contrib.abortable import AbortableTask
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
 from celery.worker.request import Request
+from pydantic import BaseModel, field_validator
 
 KINDS = ("gpu", "cpu")
 QUEUE = "promise"
@@ -583,6 +585,78 @@ def requested(self, path, how=None):
     if how == "too long":
         time.sleep(60)
     return how
+
+
+# ---- ways to write a task
+
+
+class ClassBased(Task):
+    """Celery's class-based tasks: registered by hand, options as attributes."""
+
+    autoretry_for = (PromiseError,)
+    max_retries = 2
+    default_retry_delay = 0
+
+    def __init__(self):
+        self.prefix = "made once"
+
+    def run(self, until, *, suffix="!"):
+        if self.request.retries < until:
+            raise PromiseError(self.request.retries)
+        return [self.prefix, self.request.retries, self.name, suffix]
+
+
+for each in KINDS:
+    app.register_task(type("OfKind", (ClassBased,), {"name": f"{each}.class_based", "gpu": each == "gpu" or None})())
+
+
+def loudly(function):
+    """A decorator of the user's own."""
+
+    @functools.wraps(function)
+    def louder(*args, **kwargs):
+        return f"{function(*args, **kwargs)}!"
+
+    return louder
+
+
+@both()
+@loudly
+def decorated(text, times=2):
+    return text * times
+
+
+def shared(name, **options):
+    @shared_task(name=name, bind=True, **options)
+    def task(self, first, /, *rest, by="keyword", **more):
+        return [self.name, first, list(rest), by, more]
+
+
+shared("gpu.shared", gpu=True)
+shared("cpu.shared")
+
+
+class Order(BaseModel):
+    count: int
+    note: str | None = None
+
+    @field_validator("count")
+    @classmethod
+    def _most(cls, value, info):
+        most = (info.context or {}).get("most")
+        if most is not None and value > most:
+            raise ValueError(f"more than {most}")
+        return value
+
+
+@both(bind=True, pydantic=True, pydantic_context={"most": 5}, pydantic_dump_kwargs={"exclude_none": True})
+def orders(self, order: Order, other: Order | None = None) -> Order:
+    return Order(count=order.count + (other.count if other else 0), note=type(order).__name__ if other else None)
+
+
+@both(pydantic=True, pydantic_strict=True)
+def strictly(order: Order) -> int:
+    return order.count
 
 
 # ---- signals
