@@ -1,0 +1,211 @@
+"""The worker's bookkeeping of requests: restart, give-back, death and cancellation of the driver, told by hand."""
+
+import signal
+
+import pytest
+from billiard.exceptions import Terminated, WorkerLostError
+
+from bridge import supervisor as module
+from bridge.link import Accepted, Cancel, Done, Ended, Flush, Flushed, Link, Returned, Run, SoftLimited, Stop
+from bridge.supervisor import DriverSupervisor, _einfo
+
+
+class Hub:
+    """Runs what is due when a test says so."""
+
+    def __init__(self):
+        self.soon, self.later = [], []
+
+    def call_soon(self, function, *args):
+        self.soon.append((function, args))
+
+    def call_later(self, seconds, function, *args):
+        self.later.append((seconds, function, args))
+
+    def add_reader(self, *_):
+        pass
+
+    remove = add_reader
+
+    def run(self):
+        soon, self.soon = self.soon, []
+        for function, args in soon:
+            function(*args)
+
+
+class Process:
+    """A driver that says what the test says."""
+
+    started = []
+
+    def __init__(self, target, args, name):
+        self.socket, self.pid, self.exitcode = args[2], 4000 + len(self.started), 0
+
+    def start(self):
+        self.link = Link(self.socket.dup())
+        self.started.append(self)
+
+    def join(self, _=None):
+        pass
+
+    def is_alive(self):
+        return True
+
+
+class Lab:
+    def __init__(self, monkeypatch):
+        Process.started = []
+        monkeypatch.setattr(module.billiard, "Process", Process)
+        self.killed = []
+        monkeypatch.setattr(module.os, "kill", lambda pid, number: self.killed.append((pid, number)))
+        self.supervisor = DriverSupervisor(None, "worker@here", None)
+        self.supervisor._start()
+        self.hub = Hub()
+        self.supervisor.register(self.hub)
+        self.heard = []  # (request's name, callback, arguments)
+
+    @property
+    def driver(self):
+        return Process.started[-1]
+
+    def send(self, name, hard_limit_s=None):
+        run = dict.fromkeys(Run._fields[1:-2]) | {"id": name, "hard_limit_s": hard_limit_s}
+        names = ("callback", "error_callback", "accept_callback", "timeout_callback")
+        callbacks = {each: lambda *args, each=each: self.heard.append((name, each, args)) for each in names}
+        request = self.supervisor.apply(run, callbacks)
+        request.on_end = lambda: self.heard.append((name, "end", ()))
+        return request
+
+    def received(self):
+        """What the driver has got: message types, or ids of requests."""
+        self.hub.run()
+        return [each.id if isinstance(each, Run) else type(each) for each in self.driver.link.receive()]
+
+    def say(self, *messages):
+        for message in messages:
+            self.driver.link.send(message)
+        self.driver.link.flush()
+        self.supervisor.on_readable()
+
+    def die(self):
+        self.driver.link.close()
+        self.supervisor.on_readable()
+        _, restart, args = self.hub.later[-1]
+        restart(*args)
+
+    def said(self):
+        found, self.heard = [(name, callback) for name, callback, _ in self.heard], []
+        return found
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    lab = Lab(monkeypatch)
+    yield lab
+    for process in Process.started:
+        process.link.close()
+        process.socket.close()
+
+
+def serial(request):
+    return request.run.serial
+
+
+def test_a_restart_waits_for_what_has_started_and_keeps_the_rest(lab):
+    running, waiting = lab.send("running"), lab.send("waiting")
+    assert lab.received() == ["running", "waiting"]
+    lab.say(Accepted(serial(running), 1.0))
+    lab.supervisor.restart()
+    meanwhile = lab.send("meanwhile")
+    assert lab.received() == [Flush], "a driver that is to end gets nothing new"
+    lab.say(Flushed(serial(waiting)))
+    assert lab.received() == []
+    lab.say(Done(serial(running), (False, 1, 0.1)))
+    assert lab.received() == [Stop]
+    lab.die()
+    assert lab.received() == ["waiting", "meanwhile"]
+    assert lab.said() == [("running", "accept_callback"), ("running", "callback"), ("running", "end")]
+    assert (waiting.run.lost, meanwhile.run.lost) == (0, 0), "a planned end is nobody's fault"
+
+
+def test_a_restart_waits_for_what_starts_while_it_is_told(lab):
+    crossing = lab.send("crossing")
+    assert lab.received() == ["crossing"]
+    lab.supervisor.restart()
+    assert lab.received() == [Flush], "not Stop: whether it has started is not known"
+    lab.say(Accepted(serial(crossing), 1.0))
+    assert lab.received() == []
+    lab.say(Returned(serial(crossing)))
+    assert lab.received() == [Stop], "it waits again, so the next driver can have it"
+    lab.die()
+    assert lab.received() == ["crossing"]
+
+
+def test_give_back_ends_without_a_word_what_has_not_started(lab):
+    running, waiting = lab.send("running"), lab.send("waiting")
+    lab.say(Accepted(serial(running), 1.0))
+    lab.supervisor.give_back()
+    lab.say(Flushed(serial(waiting)))
+    late = lab.send("late")
+    assert lab.received() == ["running", "waiting", Flush]
+    assert lab.supervisor.in_flight == 1 and late.run.serial
+    lab.say(Done(serial(running), (False, 1, 0.1)))
+    assert lab.supervisor.in_flight == 0
+    expected = [("running", "accept_callback"), ("waiting", "end"), ("running", "callback"), ("running", "end")]
+    assert lab.said() == expected, "no callback of what the broker still has"
+
+
+def test_what_a_death_does_to_each_request(lab):
+    running, waiting, revoked, started = (lab.send(name) for name in ("running", "waiting", "revoked", "started"))
+    lab.say(Accepted(serial(running), 1.0), Accepted(serial(started), 1.0))
+    revoked.terminate(signal.SIGTERM), started.terminate(signal.SIGTERM)
+    lab.received(), lab.said()
+    lab.die()
+    errors = {name: args[0].exception for name, callback, args in lab.heard if callback == "error_callback"}
+    errors = {name: type(getattr(error, "exc", error)) for name, error in errors.items()}
+    assert errors == {"running": WorkerLostError, "revoked": Terminated, "started": Terminated}
+    assert lab.received() == ["waiting"] and waiting.run.lost == 1
+
+
+def test_a_withdrawn_request_is_not_announced_again(lab):
+    request = lab.send("withdrawn")
+    request.announced = True
+    request.terminate(signal.SIGTERM)
+    assert lab.received() == ["withdrawn", Cancel]
+    lab.say(Accepted(serial(request), 1.0), Ended(serial(request), _einfo(Terminated(15))))
+    assert lab.said() == [("withdrawn", "error_callback"), ("withdrawn", "end")]
+
+
+def test_a_soft_limit_is_told_and_the_request_goes_on(lab):
+    request = lab.send("limited")
+    lab.say(Accepted(serial(request), 1.0), SoftLimited(serial(request), 2))
+    assert lab.heard[-1] == ("limited", "timeout_callback", (True, 2))
+    lab.say(Done(serial(request), (False, 1, 0.1)))
+    assert lab.said()[-1] == ("limited", "end")
+
+
+def test_a_driver_that_lets_a_hard_limit_pass_and_is_silent_is_ended(lab, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    limited, free = lab.send("limited", hard_limit_s=10), lab.send("free")
+    lab.say(Accepted(serial(limited), now), Accepted(serial(free), now))
+
+    def enforce():
+        (_, function, args) = [each for each in lab.hub.later if each[1] == lab.supervisor._enforce][-1]
+        function(*args)
+
+    now += 10 + module.BACKSTOP_S - 1
+    enforce()
+    assert lab.killed == [], "it still has time"
+    now += 2
+    lab.say()
+    lab.supervisor._heard_at = now
+    enforce()
+    assert lab.killed == [], "it speaks, so it knows what it does"
+    now += module.BACKSTOP_S + 1
+    enforce()
+    assert lab.killed == [(lab.driver.pid, signal.SIGKILL)]
+    lab.supervisor.register(lab.hub)
+    timers = len(lab.hub.later)
+    lab.supervisor._enforce(1)
+    assert len(lab.hub.later) == timers, "the timer of before a reconnect ends by itself"
