@@ -13,7 +13,7 @@ from tests.support import promise
 from tests.support.promise import GET, failure
 from tests.support.services import wait_for
 
-CONF = {"accept_content": ["json", "yaml"]}
+CONF = {"accept_content": ["json", "yaml"], "task_inherit_parent_priority": True}
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +215,11 @@ def test_priorities_in_the_broker(app, send, tmp_path):
     assert app.control.add_consumer(OTHER_QUEUE, reply=True, timeout=10, limit=1)
     assert [result.get(**GET) for result in results] == [9, 9, 6, 3, 3, 0]
     assert lines(order) == ["0", "3", "3", "6", "9", "9"]
+
+
+def test_priority_is_inherited_where_the_app_says_so(app, kind):
+    chain = app.signature(f"{kind}.same", (1,), options={"priority": 4}) | app.signature(f"{kind}.request_of")
+    assert chain.apply_async().get(**GET)["delivery_info"]["priority"] == 4
 
 
 def test_priorities_among_those_that_wait_for_a_gpu(app, tmp_path):

@@ -260,6 +260,29 @@ def test_a_gpu_tasks_errback_may_be_a_cpu_task_and_the_reverse(app, tmp_path):
         assert lines(errors) == [f"{result.id} PromiseError 5 True"]
 
 
+def test_a_task_may_be_its_own_errback(one, kind, tmp_path):
+    errors = tmp_path / "errors"
+    signature = one("own_errback", path=str(errors))
+    result = signature.clone().apply_async(link_error=signature)
+    assert failure(result)[:2] == ("PromiseError", ["as task", "because"])
+    wait_for(lambda: lines(errors), "the errback")
+    assert lines(errors) == [f"{result.id} as task"]
+    assert one("same", 1).apply_async().get(**GET) == 1
+
+
+def test_a_payload_that_does_not_fit_fails_its_workflow(app, tmp_path):
+    """GPU only: the body never runs, and all that waits for it is told."""
+    one, errors, ran = maker(app, ["gpu"]), tmp_path / "errors", tmp_path / "ran"
+    signature = one("typed", "no number")
+    in_chain = (signature.clone() | one("notes", str(ran))).apply_async()
+    in_chord = chord([one("same", 1), signature.clone()], app=app)(one("notes", str(ran)))
+    signature.apply_async(link_error=one("old_errback", path=str(errors)))
+    assert failure(in_chain)[0] == "PayloadInvalid"
+    assert chord_error(in_chord).startswith(f"Dependency {in_chord.parent[1].id} raised PayloadInvalid")
+    wait_for(lambda: lines(errors), "the errback")
+    assert lines(ran) == []
+
+
 # ---- replace and add_to_chord in chords
 
 

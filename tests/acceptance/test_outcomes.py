@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import socket
 import uuid
 
 import pytest
@@ -11,14 +10,13 @@ from celery.result import AsyncResult, GroupResult
 
 from tests.apps.promise import ERRORS, KINDS, QUEUE
 from tests.support import promise
-from tests.support.promise import GET, failure
+from tests.support.promise import GET, NAME, failure
 from tests.support.services import wait_for
 
 CONF = {
     "result_extended": True, "task_track_started": True, "result_expires": 1234,
     "worker_deduplicate_successful_tasks": True,
 }  # fmt: skip
-NAME = f"promise@{socket.gethostname()}"
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,10 @@ def tell(story, app, tmp_path):
 
         wait_for(all_there, f"{names} of {kind} {event}, seen: {[row['signal'] for row in story.of(kind, event)]}")
 
+    def active(task_id):
+        (tasks,) = app.control.inspect(destination=[promise.NAME], timeout=20).active().values()
+        return any(each["id"] == task_id for each in tasks) and (tmp_path / f"{kind}-started").exists()
+
     story.gpu = promise.gpu_stats(app)
     for kind in KINDS:
         send(kind, "success", "add", 1, kwargs={"b": 2})
@@ -72,7 +76,7 @@ def tell(story, app, tmp_path):
         send(kind, "later", "add", 1, countdown=0.2)
         gate, started = tmp_path / f"{kind}-gate", tmp_path / f"{kind}-started"
         send(kind, "terminated", "holds", str(gate), str(started))
-        wait_for(started.exists, "the body to run")
+        wait_for(lambda kind=kind: active(story.ids[kind, "terminated"]), "the body to run, and the worker to know it")
         app.control.revoke(story.ids[kind, "terminated"], terminate=True)
         revoked = story.ids[kind, "revoked"] = promise.new_id()
         app.control.broadcast("revoke", arguments={"task_id": revoked}, reply=True, timeout=10, limit=1)

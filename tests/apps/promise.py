@@ -146,6 +146,16 @@ def old_errback(task_id, path):
     note(path, task_id)
 
 
+@both()
+def own_errback(*args, path):
+    """A task, and its own errback in the new style."""
+    if len(args) == 3:
+        request, error, _ = args
+        note(path, f"{request.id} {error.args[0]}")
+        return "as errback"
+    raise PromiseError("as task")
+
+
 @both(bind=True)
 def replaces(self, *args):
     """Replaced by the signature that is its last argument."""
@@ -681,7 +691,7 @@ def _task_id(said):
 def _listen(name):
     def receive(signal=None, **said):
         line = {"signal": name, "pid": os.getpid(), "id": _task_id(said), "keys": sorted(said)}
-        line["said"] = {key: repr(value) for key, value in said.items()}
+        line["said"] = {key: repr(value)[:500] for key, value in said.items()}  # one short write each
         note(SIGNALS_FILE, json.dumps(line))
 
     getattr(signals, name).connect(receive, weak=False)

@@ -13,6 +13,7 @@ from tests.apps.promise import OTHER_QUEUE, PARKED, QUEUE
 from tests.support.services import Worker, wait_for
 
 GET = {"timeout": 60}
+NAME = f"promise@{socket.gethostname()}"
 
 
 @contextlib.contextmanager
@@ -70,8 +71,7 @@ def meta(redis_server, task_id):
 
 def gpu_stats(app):
     """The [gpu] part of `inspect stats`, read now."""
-    name = f"promise@{socket.gethostname()}"
-    return app.control.inspect(destination=[name], timeout=20.0).stats()[name]["pool"]["gpu"]
+    return app.control.inspect(destination=[NAME], timeout=20.0).stats()[NAME]["pool"]["gpu"]
 
 
 def failure(result):
