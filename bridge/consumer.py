@@ -5,13 +5,12 @@ grows by one per GPU task held unacknowledged, by Celery's own mechanism for ETA
 """
 
 import math
-import signal
 import time
 from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import TaskRevokedError
-from celery.worker.state import reserved_requests
+from celery.worker.state import reserved_requests, revoked, revoked_stamps
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from bridge.supervisor import GpuRequest
@@ -76,12 +75,13 @@ class HybridConsumer:
         self._slots.release()
 
     def withdraw_revoked(self) -> None:
-        """Take back what waits for a GPU and has expired or been revoked meanwhile, by id or by a stamped header."""
+        """Take back what waits for a GPU and has expired or been revoked meanwhile, by id or by a stamped header.
+
+        The driver says whether it still waits; if so it starts again here, where Celery looks first and announces it.
+        """
         for request, handle in list(self._waiting.items()):
-            if request.revoked():  # Celery looks again, and announces it
-                del self._waiting[request]
-                handle.announced = True  # or an `Accepted` that is on its way would announce it a second time
-                handle.terminate(signal.SIGTERM)
+            if _may_be_revoked(request):
+                self.pool.gpu.withdraw(handle, lambda request=request: self._start(request))
 
     def _look_at(self, due: float) -> None:
         """Look for expired requests at `due`; one timer for the earliest, for kombu keeps each until its time."""
@@ -177,6 +177,14 @@ class HybridAutoscaler:
     def qty(self) -> int:
         """CPU tasks reserved."""
         return sum(not self.pool.is_gpu(request) for request in tuple(reserved_requests))
+
+
+def _may_be_revoked(request: Any) -> bool:
+    """Whether Celery's own look, which cannot be taken back, is worth it."""
+    has_expired = request.expires and _seconds_until(request.expires) <= 0
+    return (
+        has_expired or request.id in revoked or any(stamp in revoked_stamps for stamp in request.stamped_headers or ())
+    )
 
 
 def _seconds_until(moment: datetime) -> float:

@@ -189,10 +189,12 @@ class Driver:
                         self._tasks[serial].cancelled = True
                         self._tasks[serial].how = _BY_SIGNAL.get(signum, Reason.CANCEL)
                         self._schedule(TaskCancelled(self._tasks[serial].token))
+                case messages.Withdraw(serial):
+                    if serial in self._tasks:
+                        self._give_back(self._tasks[serial])
                 case messages.Flush():
-                    for task in [task for task in self._tasks.values() if not task.announced]:
-                        self._schedule(TaskCancelled(task.token), drop=False)
-                        self._answer(task, messages.Flushed(task.run.serial))
+                    for task in list(self._tasks.values()):
+                        self._give_back(task)
                 case messages.RestartActors():
                     self._fleet.restart_actors()
                 case messages.Stop():
@@ -330,6 +332,12 @@ class Driver:
         """End a task that the worker has given up: its tracer stores nothing."""
         self._tracing.stop(task)
         self._answer(task, messages.Ended(task.run.serial, einfo))
+
+    def _give_back(self, task: TracedTask) -> None:
+        """To the worker, if it has not started."""
+        if not task.announced:
+            self._schedule(TaskCancelled(task.token), drop=False)
+            self._answer(task, messages.Flushed(task.run.serial))
 
     def _answer(self, task: TracedTask, message: Any) -> None:
         self._tasks.pop(task.run.serial, None)

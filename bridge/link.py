@@ -40,6 +40,12 @@ class Cancel(NamedTuple):
     signum: int = signal.SIGTERM
 
 
+class Withdraw(NamedTuple):
+    """Worker to driver: give this request back if it has not started; if it has, nothing is meant."""
+
+    serial: int
+
+
 class Flush(NamedTuple):
     """Worker to driver: give back what has not started; the broker will send it again."""
 

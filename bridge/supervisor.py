@@ -39,6 +39,7 @@ from bridge.link import (
     Stop,
     TimedOut,
     Unreadable,
+    Withdraw,
 )
 from bridge.release import make_config
 from bridge.settings import Settings
@@ -68,6 +69,7 @@ class GpuRequest:
         self.overdue_at = math.inf  # its hard limit has passed by then, and more than that
         self.on_accepted: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
+        self.on_given_back: Callable[[], None] | None = None  # wanted back: called if it has not started
         self.callbacks = callbacks
         self._cancel = cancel
 
@@ -135,6 +137,8 @@ class DriverSupervisor:
         self._restart_at = None
         for request in self._requests.values():
             self._send(request.run)
+            if request.on_given_back:
+                self._send(Withdraw(request.run.serial))
         self._register()
 
     def wait_until_ready(self, say: Callable[[str], None]) -> None:
@@ -260,6 +264,17 @@ class DriverSupervisor:
         self._requests[self._serial] = request
         return request
 
+    def withdraw(self, request: GpuRequest, on_given_back: Callable[[], None]) -> None:
+        """Take a request back if it has not started, and only then call `on_given_back`, in place of its `on_end`."""
+        if request.on_given_back or request.run.serial not in self._requests:
+            return
+        request.on_given_back = on_given_back
+        if self._link is None:
+            del self._requests[request.run.serial]
+            on_given_back()
+        else:
+            self._send(Withdraw(request.run.serial))
+
     def give_back(self) -> None:
         """Before the end: let the driver drop what has not started; the broker will deliver it elsewhere."""
         self._giving_back = True
@@ -359,7 +374,7 @@ class DriverSupervisor:
             request.accepted = False
             self._end_if_finished()
             return
-        if isinstance(message, Flushed) and self._restarting:
+        if isinstance(message, Flushed) and self._restarting and not request.on_given_back:
             self._end_if_finished()
             return
         del self._requests[message.serial]
@@ -373,14 +388,15 @@ class DriverSupervisor:
                 _call(callbacks["timeout_callback"], False, limit_s)
             case Unreadable(_, reason):
                 _call(callbacks["error_callback"], _einfo(RuntimeError(f"the outcome could not be read: {reason}")))
-        _call(request.on_end)
+        wanted_back = isinstance(message, Flushed) and request.on_given_back
+        _call(wanted_back or request.on_end)
         self._end_if_finished()
 
     def _on_accepted(self, request: GpuRequest, at: float) -> None:
         request.accepted = True
         if request.announced:
             return
-        request.announced = True
+        request.announced, request.on_given_back = True, None
         _call(request.callbacks["accept_callback"], self.pid, at)
         _call(request.on_accepted)
         if request.run.hard_limit_s:

@@ -1,6 +1,5 @@
 """What may enter the worker: slots, prefetch and autoscale per kind, with a make-believe consumer and pool."""
 
-import signal
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -24,11 +23,7 @@ class Qos:
 class Handle:
     on_accepted = on_end = staticmethod(lambda: None)
 
-    def __init__(self):
-        self.terminated = []
-
-    def terminate(self, signum):
-        self.terminated.append(signum)
+    wanted_back = None
 
 
 class Timer:
@@ -46,6 +41,9 @@ class Gpu:
     def on_readable(self):
         self.reads += 1
 
+    def withdraw(self, handle, on_given_back):
+        handle.wanted_back = on_given_back
+
 
 class Pool:
     def __init__(self, slots=2):
@@ -62,18 +60,17 @@ class Request:
 
     def __init__(self, name="gpu", error=None, expires=None):
         self.name, self.error, self.expires = name, error, expires
-        self.is_revoked = False
+        self.id, self.stamped_headers = f"id-{id(self)}", []
+        self.starts = 0
         self.acknowledged = False
         self.handle = None
 
     def execute_using_pool(self, pool):
         if self.error:
             raise self.error
+        self.starts += 1
         self.handle = Handle()
         return self.handle
-
-    def revoked(self):
-        return self.is_revoked
 
     def accept(self, acknowledge=False):
         self.acknowledged = acknowledge
@@ -243,16 +240,29 @@ def test_the_autoscaler_counts_cpu_tasks_only(monkeypatch):
     assert state.reserved_requests is not None
 
 
-def test_a_request_revoked_while_it_waits_for_a_gpu_is_taken_back(consumer):
-    waits, revoked, running = Request(), Request(), Request()
-    consumer._slots.initial_value = consumer._slots.value = 3
-    for request in (waits, revoked, running):
+@pytest.fixture
+def revoked():
+    """Celery's record of what was revoked."""
+    yield state.revoked
+    state.revoked.clear(), state.revoked_stamps.clear()
+
+
+def test_a_request_revoked_while_it_waits_is_wanted_back_and_looked_at_again(consumer, revoked):
+    consumer._slots.initial_value = consumer._slots.value = 4
+    _waits, by_id, by_stamp, running = requests = [Request() for _ in range(4)]
+    by_stamp.stamped_headers = ["house"]
+    for request in requests:
         consumer.on_task_request(request)
     running.accept()
-    revoked.is_revoked = running.is_revoked = True
+    revoked.update([by_id.id, running.id])
+    state.revoked_stamps["house"] = ["seven"]
     consumer.withdraw_revoked()
-    consumer.withdraw_revoked()
-    assert [r.handle.terminated for r in (waits, revoked, running)] == [[], [signal.SIGTERM], []]
+    assert [bool(r.handle.wanted_back) for r in requests] == [False, True, True, False]
+    by_id.error = TaskRevokedError()  # Celery has announced it
+    by_id.handle.wanted_back()
+    by_stamp.handle.wanted_back()  # it has another value of that stamp
+    assert by_id not in consumer._waiting and consumer._slots.value == 1
+    assert by_stamp.starts == 2 and consumer._waiting[by_stamp] is by_stamp.handle
 
 
 @pytest.mark.parametrize("zone", [None, UTC])
@@ -261,9 +271,11 @@ def test_expiry_is_looked_at_again_when_it_is_due(consumer, zone):
     consumer.on_task_request(request)
     ((seconds, fire),) = consumer.timer.calls
     assert 58 < seconds <= 60
-    request.is_revoked = True  # Celery's own look at the clock
     fire()
-    assert request.handle.terminated == [signal.SIGTERM]
+    assert not request.handle.wanted_back, "a timer that is early looks again"
+    request.expires = datetime.now(zone)
+    consumer.timer.calls[-1][1]()
+    assert request.handle.wanted_back
 
 
 def test_one_timer_serves_all_that_expire(consumer):
@@ -277,9 +289,8 @@ def test_one_timer_serves_all_that_expire(consumer):
     consumer.on_task_request(sooner)
     (_, at_60), (seconds, at_10) = consumer.timer.calls
     assert 8 < seconds <= 10
-    sooner.is_revoked = True
+    sooner.end()
     at_10()
-    assert sooner.handle.terminated and not requests[0].handle.terminated
     seconds, at_60_again = consumer.timer.calls[-1]
     assert len(consumer.timer.calls) == 3 and 58 < seconds <= 60
     at_60()
@@ -297,12 +308,10 @@ def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(cons
     dropped = Request(expires=datetime.now(UTC))
     consumer.on_task_request(dropped)
     consumer.on_close()
-    for request in (ended, started, dropped):
-        request.is_revoked = True
     for _, fire in list(consumer.timer.calls):
         fire()
     consumer.withdraw_revoked()
-    assert [request.handle.terminated for request in (ended, started, dropped)] == [[], [], []]
+    assert [request.handle.wanted_back for request in (ended, started, dropped)] == [None, None, None]
 
 
 def test_what_has_finished_is_heard_before_active_requests_are_cancelled(consumer):

@@ -6,8 +6,8 @@ import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
 from bridge import supervisor as module
-from bridge.link import Accepted, Cancel, Done, Ended, Flush, Flushed, Link, Returned, Run, SoftLimited, Stop
-from bridge.supervisor import DriverSupervisor, _einfo
+from bridge.link import Accepted, Done, Flush, Flushed, Link, Returned, Run, SoftLimited, Stop, Withdraw
+from bridge.supervisor import DriverSupervisor
 
 
 class Hub:
@@ -167,13 +167,30 @@ def test_what_a_death_does_to_each_request(lab):
     assert lab.received() == ["waiting"] and waiting.run.lost == 1
 
 
-def test_a_withdrawn_request_is_not_announced_again(lab):
-    request = lab.send("withdrawn")
-    request.announced = True
-    request.terminate(signal.SIGTERM)
-    assert lab.received() == ["withdrawn", Cancel]
-    lab.say(Accepted(serial(request), 1.0), Ended(serial(request), _einfo(Terminated(15))))
-    assert lab.said() == [("withdrawn", "error_callback"), ("withdrawn", "end")]
+def test_a_request_wanted_back_comes_back_only_if_it_has_not_started(lab):
+    waiting, crossing = lab.send("waiting"), lab.send("crossing")
+    lab.received()
+    back = []
+    for request in (waiting, crossing, waiting):
+        lab.supervisor.withdraw(request, lambda request=request: back.append(request.run.id))
+    assert lab.received() == [Withdraw, Withdraw], "asked once each"
+    lab.say(Flushed(serial(waiting)), Accepted(serial(crossing), 1.0), Done(serial(crossing), (False, 1, 0.1)))
+    assert back == ["waiting"] and lab.supervisor.in_flight == 0
+    assert lab.said() == [("crossing", each) for each in ("accept_callback", "callback", "end")]
+
+
+def test_a_request_wanted_back_of_a_driver_that_dies(lab):
+    asked, later = lab.send("asked"), lab.send("later")
+    back = []
+    lab.supervisor.withdraw(asked, lambda: back.append("asked"))
+    lab.received()
+    lab.driver.link.close()
+    lab.supervisor.on_readable()
+    lab.supervisor.withdraw(later, lambda: back.append("later"))
+    assert back == ["later"], "without a driver nobody has started it"
+    _, restart, args = lab.hub.later[-1]
+    restart(*args)
+    assert lab.received() == ["asked", Withdraw], "the next driver is asked, too"
 
 
 def test_a_soft_limit_is_told_and_the_request_goes_on(lab):
