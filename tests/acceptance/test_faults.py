@@ -95,7 +95,7 @@ def test_memory_error_costs_one_task_and_not_the_worker(worker, send, tmp_path, 
 
 def test_sys_exit_in_a_body_is_the_tasks_problem_only(worker, send):
     name, args = failure(send("exits", 3))
-    assert name == "RemoteTaskError" and args[0] == "SystemExit"
+    assert name == "WorkerLostError" and args[0] == "Worker exited prematurely: exitcode 3."
     assert send("add", 1, 1).get(**GET) == 2
 
 
