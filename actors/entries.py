@@ -50,13 +50,14 @@ class Entry:
         return bool(self._wishes or self._soft_limit_hit) or not self._undelivered.isdisjoint(self._outcomes)
 
     def ask(self, token: str, wishes: bytes) -> None:
-        """A running body asks something of Celery."""
-        self._wishes.setdefault(token, []).append(wishes)
-        self.changed.notify_all()
+        """A running body asks something of Celery; a thread it has left behind asks in vain."""
+        if token in self._undelivered:
+            self._wishes.setdefault(token, []).append(wishes)
+            self.changed.notify_all()
 
     def hit_soft_limit(self, tokens: Iterable[str]) -> None:
         """Running bodies are interrupted by their soft limit."""
-        self._soft_limit_hit.update(tokens)
+        self._soft_limit_hit |= self._undelivered.intersection(tokens)
         self.changed.notify_all()
 
     def record(self, outcome: Outcome) -> TaskCall | None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -121,6 +121,7 @@ class Executor:
             count = self._batch_size(call.tasks, index)
             for outcome in self._run(call.tasks[index : index + count], index):
                 self._deliver(outcome)
+            self._journal.end()  # not before: who dies while its value is made plain and pickled has run
             index += count
             if time.monotonic() - bell > BELL_EVERY_S and index < len(call.tasks):
                 self._say(Bell())
@@ -138,31 +139,38 @@ class Executor:
             end += 1
         return end - index
 
-    def _run(self, tasks: Sequence[TaskCall], first: int) -> list[Outcome]:
-        """Outcomes of tasks that share a run."""
+    def _run(self, tasks: Sequence[TaskCall], first: int) -> Iterator[Outcome]:
+        """Outcomes of tasks that share a run, each as soon as it is there."""
         loaded = self._tasks.get(tasks[0].name)
         if loaded is None:
             message = f"{tasks[0].name} is not a GPU task of the app imported on this node"
-            return [Failed(task.token, FailureKind.UNKNOWN_TASK, "LookupError", message) for task in tasks]
+            yield from (Failed(task.token, FailureKind.UNKNOWN_TASK, "LookupError", message) for task in tasks)
+            return
+        left = {task.token: task for task in tasks}
         try:
-            if loaded.batch is None:
-                return [self._run_one(loaded, tasks[0], first)]
-            return self._run_vectorised(loaded, tasks, first)
+            for outcome in (
+                self._run_one(loaded, tasks[0], first)
+                if loaded.batch is None
+                else self._run_vectorised(loaded, tasks, first)
+            ):
+                del left[outcome.token]
+                yield outcome
         except Exception as error:  # around the bodies, not in them: a payload of classes this node does not have
             message = f"{type(error).__name__}: {error}"
             text = traceback.format_exc()
-            return [Failed(task.token, FailureKind.RAISED, type(error).__name__, message, text) for task in tasks]
+            yield from (Failed(token, FailureKind.RAISED, type(error).__name__, message, text) for token in left)
 
-    def _run_one(self, loaded: LoadedTask, task: TaskCall, first: int) -> Outcome:
+    def _run_one(self, loaded: LoadedTask, task: TaskCall, first: int) -> Iterator[Outcome]:
         args, kwargs, context = pickle.loads(task.payload)
         result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1, task.token)
         if result.out_of_memory:
             self._device.free()
-        if result.out_of_memory and loaded.task.acks_late:  # it may run twice, and its references are gone by now
+        may_run_twice = loaded.task.acks_late and loaded.task.reject_on_worker_lost is not False
+        if result.out_of_memory and may_run_twice:  # its references are gone by now
             result = self._guarded(loaded, loaded.call, args, kwargs, context, first, 1, task.token)
-        return self._outcome(task, loaded, result, 1)
+        yield self._outcome(task, loaded, result, 1)
 
-    def _run_vectorised(self, loaded: LoadedTask, tasks: Sequence[TaskCall], first: int) -> list[Outcome]:
+    def _run_vectorised(self, loaded: LoadedTask, tasks: Sequence[TaskCall], first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
         items = [pickle.loads(task.payload) for task in tasks]
         pairs = [(args, kwargs) for args, kwargs, _ in items]
@@ -170,18 +178,17 @@ class Executor:
         result = self._guarded(loaded, loaded.run_items, (pairs,), {}, context, first, len(tasks), token)
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(tasks))
-            return [
-                self._outcome(task, loaded, _share(shares, value), len(tasks))
-                for task, value in zip(tasks, result.value, strict=True)
-            ]
+            for task, value in zip(tasks, result.value, strict=True):
+                yield self._outcome(task, loaded, _share(shares, value), len(tasks))
+            return
         if result.out_of_memory:
             self._device.free()
         if len(tasks) == 1 or not isinstance(result.error, Exception):
-            return [self._outcome(task, loaded, result, len(tasks)) for task in tasks]
+            yield from (self._outcome(task, loaded, result, len(tasks)) for task in tasks)
+            return
         middle = len(tasks) // 2
-        return self._run_vectorised(loaded, tasks[:middle], first) + self._run_vectorised(
-            loaded, tasks[middle:], first + middle
-        )
+        yield from self._run_vectorised(loaded, tasks[:middle], first)
+        yield from self._run_vectorised(loaded, tasks[middle:], first + middle)
 
     def _guarded(
         self,
@@ -218,7 +225,6 @@ class Executor:
         self._close_connections()
         if error is not None and not self._device.is_healthy(error):
             self._end_broken(error)
-        self._journal.end()
         return _Result(value, error, error is not None and self._device.is_out_of_memory(error), run_s)
 
     def _enter_body(self, call: Any, args: Any, kwargs: Any, first: int, count: int, started: int) -> Any:
@@ -238,7 +244,10 @@ class Executor:
             value = pickle.dumps(outcomes.plain(result.value, loaded.keeps_models), 5)
         except Exception as error:
             message = f"{type(result.value).__name__}: {error}"[: outcomes.TEXT_LIMIT]
-            return Failed(task.token, FailureKind.NOT_SENDABLE, type(error).__name__, message, run_s=result.run_s)
+            return Failed(
+                task.token, FailureKind.NOT_SENDABLE, type(error).__name__, message, run_s=result.run_s, logs=logs,
+                wishes=wishes,
+            )  # fmt: skip
         return Succeeded(task.token, value, result.run_s, batch, logs, wishes)
 
     def _deliver(self, outcome: Outcome) -> None:

@@ -7,6 +7,7 @@ Ray shows a driver only the output of actors it created itself, and actors here 
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -42,6 +43,7 @@ class LogCapture(logging.Handler):
             logger = logging.getLogger("celery.redirected")
             app.log.redirect_stdouts_to_logger(logger, app.conf.worker_redirect_stdouts_level)
         threading.Thread(target=self._tell_lines, name="logs", daemon=True).start()
+        os.register_at_fork(after_in_child=self._forget_thread)
 
     def start(self) -> None:
         """A body starts."""
@@ -69,6 +71,9 @@ class LogCapture(logging.Handler):
                 text = text[: self._limit] + " … (more output of this task was dropped)"
             self._lines.append(LogLine(record.levelno, record.name, text, _is_of_task(record.name)))
             self._has_lines.set()
+
+    def _forget_thread(self) -> None:
+        self._has_lines = threading.Event()  # the thread that has not come along may hold its lock
 
     def _tell_lines(self) -> None:
         while self._has_lines.wait():

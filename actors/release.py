@@ -55,8 +55,6 @@ class LoadedTask:
 
 def load_app(release: Release) -> Any:
     """Import the release's Celery app and its task modules; whatever the import raises passes through."""
-    for name, value in release.environment:
-        os.environ.setdefault(name, value)
     os.chdir(release.workdir)
     sys.path[:] = [entry for entry in release.sys_path if entry not in sys.path] + sys.path
     module, _, attribute = release.app.partition(":")

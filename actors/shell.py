@@ -43,6 +43,8 @@ BACKOFF_S = (0.5, 30.0)
 START_ATTEMPTS = 3
 #: Executors that may die with one call while no body runs, before the call is blamed.
 MAX_IDLE_DEATHS = 2
+#: A reply needs this long, in seconds, to leave the process before it may end.
+REPLY_LEAVES_S = 0.5
 #: An interrupt that has not reached its body is sent again after this pause.
 RESEND_S = 0.02
 
@@ -73,7 +75,7 @@ class ActorShell:
         self._tally = Tally()
         self._generation = 0
         self._memory = (0, 0)
-        self._heard_at = time.monotonic()
+        self._heard_at = self._replied_at = time.monotonic()
         self._closing = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -130,6 +132,7 @@ class ActorShell:
     def fetch(self, token: str) -> bytes:
         """A large outcome, pickled; once."""
         with self._lock:
+            self._replied_at = time.monotonic()
             return self._large.pop(token)[1]
 
     def cancel(self, call_id: str, tokens: list[str], how: Reason = Reason.CANCEL) -> None:
@@ -216,7 +219,7 @@ class ActorShell:
                 self._expire_leases(now)
 
     def _is_over(self) -> bool:
-        idle = not self._entries
+        idle = not self._entries and not self._large and time.monotonic() - self._replied_at > REPLY_LEAVES_S
         unwanted = time.monotonic() - self._heard_at > self._limits.keep_warm_s
         return idle and (self._closing or unwanted)
 
@@ -452,6 +455,7 @@ class ActorShell:
     # answers
 
     def _reply(self, entry: Entry) -> Reply:
+        self._replied_at = time.monotonic()
         if self._active is not None and self._active[0] is entry:
             self._take(entry, self._active[1], [])
         answers = entry.deliver(self._limits.inline_bytes, self._running_tokens(entry), self._large)

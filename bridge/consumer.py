@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import TaskRevokedError
+from celery.utils.functional import maybe_list
 from celery.worker.state import reserved_requests, revoked, revoked_stamps
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
@@ -128,13 +129,15 @@ class HybridConsumer:
         return has_room
 
     def on_close(self) -> None:
-        """The connection is gone: what has not started will be delivered again."""
+        """The connection is gone: what has not started will be delivered again. At shutdown the pool asks for it."""
         super().on_close()  # type: ignore[misc]
+        if self.connection is None:  # at shutdown it is still there
+            self.pool.gpu.flush_requests()
         self._held.clear()
         self._waiting.clear()
         self._look_due = math.inf
         self._slots.clear()
-        self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.running)
+        self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.in_flight)
 
     def _restore_prefetch_count_after_connection_restart(self, p: Any, *args: Any) -> None:
         """Celery sets the count anew, step by step, to the children's window; GPU tasks' share comes on top."""
@@ -181,10 +184,10 @@ class HybridAutoscaler:
 
 def _may_be_revoked(request: Any) -> bool:
     """Whether Celery's own look, which cannot be taken back, is worth it."""
-    has_expired = request.expires and _seconds_until(request.expires) <= 0
-    return (
-        has_expired or request.id in revoked or any(stamp in revoked_stamps for stamp in request.stamped_headers or ())
-    )
+    if request.id in revoked or (request.expires and _seconds_until(request.expires) <= 0):
+        return True
+    stamps = [(request.stamps.get(name), revoked_stamps.get(name)) for name in request.stamped_headers or ()]
+    return any(not set(maybe_list(own) or ()).isdisjoint(maybe_list(gone) or ()) for own, gone in stamps)
 
 
 def _seconds_until(moment: datetime) -> float:

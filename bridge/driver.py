@@ -31,6 +31,7 @@ from actors.contract import (
     Failed,
     FailureKind,
     Large,
+    LogLine,
     Outcome,
     Pending,
     Reason,
@@ -387,12 +388,20 @@ class Driver:
                 self._fleet.fetch(actor, answer.token)
             elif not isinstance(answer, Pending):
                 self._finish(actor, answer)
-            elif task is not None and task.cancelled:
-                self._fleet.cancel(actor, call_id, [answer.token], task.how)  # the first may have overtaken the call
-            elif task is not None and answer.wishes:
-                self._tracing.resume(task, answer)
-            if isinstance(answer, Pending) and answer.soft_limit_hit and task is not None:
-                self._send(messages.SoftLimited(task.run.serial, task.run.soft_limit_s or 0.0))
+            elif task is not None:
+                self._take_news(actor, call_id, task, answer)
+
+    def _take_news(self, actor: int, call_id: str, task: TracedTask, news: Pending) -> None:
+        """What a task that is not finished has asked, logged or met."""
+        if news.soft_limit_hit:
+            self._send(messages.SoftLimited(task.run.serial, task.run.soft_limit_s or 0.0))
+        if news.wishes:
+            goes_on = not task.cancelled or task.how is Reason.SOFT_LIMIT  # else progress would overwrite REVOKED
+            self._tracing.resume(task, news if goes_on else _only_logs(news))
+        if task.run.serial not in self._tasks:  # its wish has failed, and with it the task
+            self._fleet.cancel(actor, call_id, [news.token], Reason.CANCEL)
+        elif task.cancelled:
+            self._fleet.cancel(actor, call_id, [news.token], task.how)  # the first may have overtaken the call
 
     def _fetched(self, token: str, data: bytes | None) -> None:
         lost = Failed(token, FailureKind.UNSURE, "UNSURE", "a large result was lost with its actor")
@@ -423,8 +432,7 @@ class Driver:
             case Verdict.AGAIN_ALONE:
                 self._again(task, alone=True)
             case Verdict.WORKER_LOST:
-                if outcome.logs:
-                    self._tracing.resume(task, Pending(task.token, True, (pickle.dumps(outcome.logs),)))
+                self._log(task, outcome)
                 reason = f"Worker exited prematurely: {outcome.message}.{_REMARKS.get(outcome.kind, '')}"
                 self._end(task, einfo(WorkerLostError(reason)))
             case Verdict.POISONED:
@@ -435,7 +443,13 @@ class Driver:
                 self._tracing.stop(task)
                 self._answer(task, messages.TimedOut(task.run.serial, task.run.hard_limit_s or 0.0))
             case Verdict.CANCELLED:
+                self._log(task, outcome)
                 self._end(task, einfo(Terminated(signal.SIGTERM)))
+
+    def _log(self, task: TracedTask, outcome: Failed) -> None:
+        """Log what a body said whose tracer will not see its outcome."""
+        if outcome.logs:
+            self._tracing.resume(task, Pending(task.token, True, (pickle.dumps(outcome.logs, 5),)))
 
     def _charge(self, task: TracedTask, actor: int, outcome: Failed) -> Standing:
         """Count a crash or a loss; how the task stands then."""
@@ -458,6 +472,7 @@ class Driver:
             max_crashes=limit,
             crashes=task.crashes,
             losses=task.losses,
+            cancelled=task.cancelled,
         )
 
     # ---- actors
@@ -502,6 +517,11 @@ class Driver:
         except Exception as error:  # a result that cannot be pickled: say so, as billiard does
             wrapped = MaybeEncodingError(error, getattr(message, "result", None))
             self._link.send(messages.Ended(message.serial, einfo(wrapped)))
+
+
+def _only_logs(news: Pending) -> Pending:
+    wishes = [wish for data in news.wishes for wish in pickle.loads(data)]
+    return news._replace(wishes=(pickle.dumps([wish for wish in wishes if isinstance(wish, LogLine)], 5),))
 
 
 def _number(priority: Any) -> int:

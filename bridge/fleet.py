@@ -74,7 +74,7 @@ class Replied(NamedTuple):
     call: str
     reply: Reply | Busy | None
     reason: str
-    sent: bool = True  # False when it never left this process
+    sent: bool = True  # False when the call never left this process
 
 
 class Fetched(NamedTuple):
@@ -133,7 +133,8 @@ class Fleet:
     def collect(self, slot: int, call: Call) -> None:
         """Ask for what an earlier call has not answered; the answer arrives as Replied."""
         slim = call._replace(tasks=tuple(task._replace(payload=b"") for task in call.tasks))
-        self._call(slot, call.id, lambda actor: actor.collect.remote(slim, self._settings.collect_wait_s))
+        # Should it not leave: an earlier call has, so the tasks may be running.
+        self._call(slot, call.id, lambda actor: actor.collect.remote(slim, self._settings.collect_wait_s), sent=True)
 
     def fetch(self, slot: int, token: str) -> None:
         """Get a large outcome; it arrives as Fetched."""
@@ -158,11 +159,11 @@ class Fleet:
     def _submit(self, slot: int, call: Call) -> None:
         self._call(slot, call.id, lambda actor: actor.run.remote(call))
 
-    def _call(self, slot: int, call: str, submit: Callable[[Any], Any]) -> None:
+    def _call(self, slot: int, call: str, submit: Callable[[Any], Any], sent: bool = False) -> None:
         try:
             ref = submit(self._slots[slot].handle)
         except Exception as error:
-            self._notify(Replied(call, None, as_text(error), sent=False))
+            self._notify(Replied(call, None, as_text(error), sent))
             return
         _when_done(ref, lambda value, error: self._notify(Replied(call, value, error)))
 
@@ -263,11 +264,12 @@ class Fleet:
         """One actor at a time: the next one is drained when the one before is ready again."""
         for number, pid in list(self._to_restart.items()):
             slot = self._slots.get(number)
-            if slot is not None and slot.pid == pid:
-                slot.handle.drain.remote()
-                return
-            if slot is None or not slot.ready:
-                return
+            if number < _gpus():  # its GPU may have left the cluster
+                if slot is not None and slot.pid == pid:
+                    slot.handle.drain.remote()
+                    return
+                if slot is None or not slot.ready:
+                    return
             del self._to_restart[number]  # it is another one by now
 
     def _create(self, slot: int) -> Any:

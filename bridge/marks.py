@@ -92,8 +92,11 @@ def is_gpu(marks: dict[str, Mark], name: str, args: Any, kwargs: Any) -> bool:
         return True
     if name not in MAPS or not marks:
         return False
-    inner = kwargs.get("task") if kwargs else args[0] if args else None
-    return isinstance(inner, dict) and inner.get("task") in marks
+    try:  # as a producer of any language may have written it
+        inner = kwargs["task"] if "task" in kwargs else args[0]
+        return inner["task"] in marks
+    except (TypeError, LookupError):
+        return False  # the child's body will say what is wrong with it
 
 
 @signals.celeryd_after_setup.connect

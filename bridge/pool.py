@@ -43,8 +43,6 @@ class HybridPool(TaskPool):
         hostname = (self.options.get("initargs") or (None, "celery"))[1]
         self.gpu = DriverSupervisor(self.app, hostname, self.settings)
         self._hub: Any = None
-        self._cpu_flush: Any = None
-        self.flush: Any = None
 
     # ---- start and stop
 
@@ -57,8 +55,6 @@ class HybridPool(TaskPool):
                     "which GPU tasks need: use Redis or RabbitMQ"
                 )
             super().on_start()
-            self._cpu_flush = self.flush  # prefork has put it on the instance
-            self.flush = self._flush
             if self.marks:
                 self.gpu.start([*self.marks, *MAPS])
                 with Progress() as progress:
@@ -116,11 +112,6 @@ class HybridPool(TaskPool):
     def _child_outputs(self) -> list[int]:
         known = getattr(self._pool, "_fileno_to_outq", {})
         return [fd for fd in known if self._hub is not None and fd in self._hub.readers]
-
-    def _flush(self) -> None:
-        if self._cpu_flush is not None:
-            self._cpu_flush()
-        self.gpu.flush_requests()
 
     # ---- tasks
 

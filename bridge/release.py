@@ -17,8 +17,8 @@ from bridge.settings import Settings
 
 #: Variables of the worker that executors get, always; all others they have from `ray start` on their node.
 _ENVIRONMENT = ("CELERY_*", "DJANGO_*", "FLASK_*")
-#: What Celery sets for the children of one worker: no part of the app's configuration.
-_NOT_ENVIRONMENT = "CELERY_LOG_*"
+#: What Celery, or the worker's command, sets for its own process: no part of the app's configuration.
+_NOT_ENVIRONMENT = ("CELERY_LOG_*", "CELERY_APP", "CELERY_CUSTOM_WORKER_POOL")
 
 
 def make_config(app: Any, tasks: Iterable[str], settings: Settings) -> Config:
@@ -48,7 +48,8 @@ def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
     environment = tuple(
         (key, value)
         for key, value in sorted(os.environ.items())
-        if any(fnmatchcase(key, each) for each in patterns) and not fnmatchcase(key, _NOT_ENVIRONMENT)
+        if any(fnmatchcase(key, each) for each in patterns)
+        and not any(fnmatchcase(key, each) for each in _NOT_ENVIRONMENT)
     )
     workdir = str(Path.cwd())
     name = settings.release or _digest(module, attribute, script, tasks, sys_path, workdir, environment)

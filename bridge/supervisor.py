@@ -66,6 +66,7 @@ class GpuRequest:
         self.accepted = False  # its call is with an actor
         self.announced = False  # Celery has been told so, once
         self.cancelled = False  # Celery does not want it any more
+        self.is_sent = False  # the driver has it
         self.overdue_at = math.inf  # its hard limit has passed by then, and more than that
         self.on_accepted: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
@@ -135,11 +136,22 @@ class DriverSupervisor:
         theirs.close()
         self._link = Link(ours)
         self._restart_at = None
-        for request in self._requests.values():
-            self._send(request.run)
-            if request.on_given_back:
-                self._send(Withdraw(request.run.serial))
+        for request in list(self._requests.values()):
+            self._settle_or_send(request)
         self._register()
+
+    def _settle_or_send(self, request: GpuRequest) -> None:
+        """A driver is there, or is to come: what Celery does not want any more ends here."""
+        if request.cancelled:
+            del self._requests[request.run.serial]
+            _call(request.callbacks["error_callback"], _einfo(Terminated(signal.SIGTERM)))
+            _call(request.on_end)
+        elif request.on_given_back:
+            del self._requests[request.run.serial]
+            _call(request.on_given_back)
+        elif self._link is not None and not self._restarting:
+            request.is_sent = True
+            self._send(request.run)
 
     def wait_until_ready(self, say: Callable[[str], None]) -> None:
         """Serve the link until an actor is ready; after `start_wait_s` the worker goes on without.
@@ -259,8 +271,9 @@ class DriverSupervisor:
         request = GpuRequest(Run(serial=self._serial, lost=0, **run), callbacks, self._cancel)
         if self._giving_back:  # an ETA task that is due while the worker drains stays in the broker
             return request
-        if not self._restarting:
+        if self._link is not None and not self._restarting:
             self._send(request.run)
+            request.is_sent = True
         self._requests[self._serial] = request
         return request
 
@@ -269,11 +282,10 @@ class DriverSupervisor:
         if request.on_given_back or request.run.serial not in self._requests:
             return
         request.on_given_back = on_given_back
-        if self._link is None:
-            del self._requests[request.run.serial]
-            on_given_back()
-        else:
+        if request.is_sent:
             self._send(Withdraw(request.run.serial))
+        else:
+            self._settle_or_send(request)
 
     def give_back(self) -> None:
         """Before the end: let the driver drop what has not started; the broker will deliver it elsewhere."""
@@ -288,12 +300,18 @@ class DriverSupervisor:
         for serial, request in list(self._requests.items()):
             if not request.announced:  # what was announced may have been acknowledged: the broker has it no more
                 del self._requests[serial]
+        self._unsettled &= self._requests.keys()
+        self._end_if_finished()
         self._send(Flush())
         self._flush()  # now: the event loop rests while Celery connects again, and actors would go on with it
 
     def _cancel(self, request: GpuRequest, signum: int) -> None:
-        if request.run.serial in self._requests and not self._busy:
+        if request.run.serial not in self._requests or self._busy:
+            return
+        if request.is_sent:
             self._send(Cancel(request.run.serial, signum))
+        else:
+            self._settle_or_send(request)
 
     # ---- the link
 
@@ -363,6 +381,7 @@ class DriverSupervisor:
         if request is None:
             if isinstance(message, Accepted):
                 self._send(Cancel(message.serial))  # it was dropped here while its call left
+            self._end_if_finished()
             return
         if isinstance(message, Accepted):
             self._on_accepted(request, message.at)
@@ -374,7 +393,10 @@ class DriverSupervisor:
             request.accepted = False
             self._end_if_finished()
             return
-        if isinstance(message, Flushed) and self._restarting and not request.on_given_back:
+        if isinstance(message, Flushed) and self._restarting:
+            request.is_sent = False
+            if request.on_given_back:
+                self._settle_or_send(request)
             self._end_if_finished()
             return
         del self._requests[message.serial]
@@ -436,10 +458,9 @@ class DriverSupervisor:
             error = WorkerLostError(f"the GPU driver (pid {self._process.pid}) ended with exit code {code}")
             _call(request.callbacks["error_callback"], _einfo(error))
             _call(request.on_end)
-        for request in [each for each in self._requests.values() if each.cancelled]:
-            del self._requests[request.run.serial]
-            _call(request.callbacks["error_callback"], _einfo(Terminated(signal.SIGTERM)))
-            _call(request.on_end)
+        for request in list(self._requests.values()):
+            request.is_sent = False
+            self._settle_or_send(request)
         self.report = {**self.report, "actors": []}
         if self._giving_back:
             self.flush_requests()

@@ -35,6 +35,7 @@ class Standing(NamedTuple):
     max_crashes: int
     crashes: int
     losses: int
+    cancelled: bool  # the worker has given it up
 
     @property
     def may_run_twice(self) -> bool:
@@ -48,6 +49,8 @@ def judge(kind: FailureKind, task: Standing) -> Verdict:
         case FailureKind.HARD_LIMIT:
             return Verdict.TIMED_OUT
         case FailureKind.CANCELLED:
+            return Verdict.CANCELLED
+        case FailureKind.CRASHED | FailureKind.SUSPECT | FailureKind.LOST | FailureKind.UNSURE if task.cancelled:
             return Verdict.CANCELLED
         case FailureKind.EXITED:  # a prefork child would have ended, and nobody would run the task again
             return Verdict.WORKER_LOST

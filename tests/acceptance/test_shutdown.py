@@ -80,7 +80,7 @@ def test_a_warm_shutdown_gives_back_what_waits_for_a_gpu(start, send, producer, 
     wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
     waiting = [send("nap", 2, kwargs={"path": str(tmp_path / "others")}) for _ in range(8)]
     later = send("nap", 0, kwargs={"path": str(tmp_path / "later")}, countdown=1)  # due while the worker drains
-    wait_for(lambda: worker.output.count("shop.nap") >= 10, "the worker to have them")
+    wait_for(lambda: worker.output.count("Task shop.nap[") == 10, "the worker to have them")
     assert worker.stop() == 0
     assert running.get(**GET) == 2
     assert not lines(tmp_path / "others") and not lines(tmp_path / "later")
@@ -162,7 +162,7 @@ def test_the_broker_goes_and_comes_back(start, redis_server, tmp_path):
         running = client.send_task("shop.nap", [4, str(tmp_path / "gpu")])
         wait_for(lambda: lines(tmp_path / "gpu"), "the body to start")
         waiting = [client.send_task("shop.records", [str(tmp_path / "others"), str(n)]) for n in range(5)]
-        wait_for(lambda: worker.output.count("shop.records") == 5, "the worker to have them")
+        wait_for(lambda: worker.output.count("Task shop.records[") == 5, "the worker to have them")
         server.client.close()
         server.kill_group()
         worker.says("Connection to broker lost")

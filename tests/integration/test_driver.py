@@ -1,15 +1,19 @@
 """The driver's bookkeeping of calls, with a fleet that answers what the test says: replies late, lost, large, twice."""
 
+import logging
 import pickle
+import signal
 import socket
 
 import pytest
+from billiard.exceptions import WorkerLostError
 from celery import Celery
 
-from actors.contract import Config, Failed, FailureKind, Large, Pending, Release, Reply, Succeeded
+from actors.contract import Config, Failed, FailureKind, Large, LogLine, Pending, Release, Reply, Succeeded
+from actors.wishes import Wish
 from bridge import fleet, link
 from bridge.driver import Driver
-from bridge.fleet import Replied, SlotChanged
+from bridge.fleet import Fleet, Replied, SlotChanged
 from bridge.marks import find_marks
 from bridge.settings import settings
 from bridge.tracing import prepare
@@ -159,3 +163,48 @@ def test_a_request_that_cannot_be_taken_costs_only_itself(lab):
     assert [type(answer) for answer in lab.answers()] == [link.Ended]
     lab.send("fine")
     assert len(lab.fleet.calls) == 1
+
+
+def test_a_running_task_whose_collect_cannot_be_sent_is_not_taken_for_one_that_never_ran(lab):
+    call = shared_call(lab, 1)
+    lab.event(Replied(call.id, Reply((Pending(call.tasks[0].token, True),), 0.0), ""))
+    real = Fleet.__new__(Fleet)  # an actor that is gone for good by now
+    real._slots, real._settings, real._notify = {}, lab.driver._settings, lab.event
+    real.collect(0, call)
+    lab.ready()
+    assert len(lab.fleet.calls) == 1, "with early acknowledgement it must not run again"
+    error = lab.answers()[-1].einfo.exception
+    assert type(getattr(error, "exc", error)) is WorkerLostError
+
+
+def test_what_a_revoked_body_says_is_logged_and_its_progress_only_if_it_may_go_on(lab, monkeypatch, caplog):
+    states = []
+    monkeypatch.setattr(lab.app.tasks["lab.echo"], "update_state", lambda **kwargs: states.append(kwargs["state"]))
+    news = pickle.dumps(
+        [LogLine(logging.WARNING, "lab", "last words", False), Wish("update_state", (), {"state": "P"})]
+    )
+    for number, expected in ((signal.SIGUSR1, ["P"]), (signal.SIGTERM, [])):
+        call = shared_call(lab, 1)
+        (task,) = call.tasks
+        lab.link.send(link.Cancel(lab.serial, number))
+        lab.link.flush()
+        lab.driver._read_link()
+        lab.event(Replied(call.id, Reply((Pending(task.token, True, (news,)),), 0.0), ""))
+        assert "last words" in caplog.text and states == expected
+        failed = Failed(task.token, FailureKind.CANCELLED, "", "", logs=(LogLine(40, "lab", "gone", False),))
+        lab.event(Replied(call.id, Reply((failed,), 0.0), ""))
+        assert "gone" in caplog.text
+        caplog.clear(), states.clear(), lab.fleet.calls.clear()
+
+
+def test_a_body_whose_progress_cannot_be_stored_ends_with_its_task(lab, monkeypatch):
+    def away(**_):
+        raise ConnectionError("the result backend is away")
+
+    monkeypatch.setattr(lab.app.tasks["lab.echo"], "update_state", away)
+    call = shared_call(lab, 1)
+    (task,) = call.tasks
+    wish = pickle.dumps([Wish("update_state", (), {"state": "P"})])
+    lab.event(Replied(call.id, Reply((Pending(task.token, True, (wish,)),), 0.0), ""))
+    assert lab.answers()[-1].serial == lab.serial
+    assert lab.fleet.cancelled == [task.token], "or it would run on, perhaps beside its own retry"

@@ -210,6 +210,31 @@ def bad_progress(self):
     self.update_state(state="PROGRESS", meta={"done": threading.Lock()})
     return "done"
 
+class Bomb:
+    def __reduce__(self):  # stands for the host running out of memory while a value is pickled
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@app.task
+def returns_bomb(path):
+    note(path)
+    return Bomb()
+
+@app.task
+def prints_then_bomb(path):
+    note(path)
+    print("x" * 10_000)
+    return [Bomb()]
+
+@app.task
+@batched(max_size=4)
+def halves(numbers: list[int], paths: list[str]) -> list[int]:
+    note(paths[0], ",".join(map(str, numbers)))
+    if numbers[0] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if len(numbers) == 4:
+        raise ValueError("too many")
+    return numbers
+
 @app.task
 def starts():
     return started
@@ -379,7 +404,7 @@ TASKS = [
     "echo", "pid", "version", "segfault", "segfault_times", "hold", "raises", "exits", "hard_exit", "stuck_in_c",
     "stubborn", "leaves_child", "fork_and_exit", "moves", "cwd", "prints", "logs", "closes_files", "big",
     "returns_lock", "who", "in_context", "retries", "progress", "bad_progress", "no_memory", "no_memory_once", "waits",
-    "no_memory_early", "says_and_holds", "starts",
+    "no_memory_early", "says_and_holds", "starts", "returns_bomb", "prints_then_bomb", "halves",
     "catches", "busy_with_locks", "logs_under_lock", "locks_are_free", "squares", "batch_segfault", "batch_sizes",
     "batch_hold", "progress_and_hold", "tells_for_ever",
 ]  # fmt: skip
@@ -795,6 +820,22 @@ def test_sys_exit_fails_its_task_only(driver):
     assert (exited.type_name, exited.message) == ("SystemExit", "exitcode 4")
     assert exited.exception is None, "rebuilt in the driver it would end it"
     assert value(good) == pid
+
+
+@pytest.mark.parametrize("name", ["returns_bomb", "prints_then_bomb"])
+def test_a_death_after_the_body_and_before_its_outcome_is_charged_to_it(driver, path, name):
+    crashed, good = driver.outcomes(task(name, path), task("echo", 1))
+    assert crashed.kind is FailureKind.CRASHED
+    assert value(good) == 1
+    assert len(Path(path).read_text().splitlines()) == 1, "the driver decides whether it runs again"
+
+
+def test_what_a_shared_run_has_finished_is_kept_when_its_other_half_dies(driver, path):
+    tasks = [task("halves", number, path) for number in (1, 2, 3, 4)]
+    outcomes = driver.outcomes(*tasks)
+    assert [value(outcome) for outcome in outcomes[:2]] == [1, 2]
+    assert kinds(outcomes[2:]) == [FailureKind.SUSPECT] * 2
+    assert Path(path).read_text().split() == ["1,2,3,4", "1,2", "3,4"]
 
 
 def test_os_exit_is_a_crash(driver):
@@ -1226,6 +1267,20 @@ def test_a_process_that_dies_while_it_starts_is_reported_with_its_step(folder, n
 
 
 # ---- the end
+
+
+def test_a_draining_actor_waits_until_large_outcomes_are_fetched(folder, new_driver):
+    driver = new_driver().hello(make_config(folder))
+    one = task("big", 200_000)
+    call = Call("large", driver.id, driver.config.release.id, (one,), 0.0)
+    reply = driver.shell.run(call)
+    while any(isinstance(answer, Pending) for answer in reply.answers):
+        reply = driver.shell.collect(call, 0.1)
+    driver.shell.drain()
+    with driver.shell._lock:
+        assert not driver.shell._is_over()
+    driver.shell.fetch(one.token)
+    wait_for(lambda: driver.shell._is_over(), "the actor to be done")
 
 
 def test_a_draining_actor_finishes_what_it_has_and_takes_no_more(folder, new_driver, path, gate):

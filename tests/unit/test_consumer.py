@@ -35,8 +35,11 @@ class Timer:
 
 
 class Gpu:
-    running = 0
-    reads = 0
+    in_flight = 0
+    reads = flushes = 0
+
+    def flush_requests(self):
+        self.flushes += 1
 
     def on_readable(self):
         self.reads += 1
@@ -60,7 +63,7 @@ class Request:
 
     def __init__(self, name="gpu", error=None, expires=None):
         self.name, self.error, self.expires = name, error, expires
-        self.id, self.stamped_headers = f"id-{id(self)}", []
+        self.id, self.stamped_headers, self.stamps = f"id-{id(self)}", [], {}
         self.starts = 0
         self.acknowledged = False
         self.handle = None
@@ -205,8 +208,11 @@ def test_after_a_lost_connection_what_waited_is_forgotten_and_what_runs_keeps_it
     for request in requests:
         consumer.on_task_request(request)
     running.accept()
-    consumer.pool.gpu.running = 1
+    consumer.pool.gpu.in_flight = 1
+    connection, consumer.connection = consumer.connection, None
     consumer.on_close()
+    consumer.connection = connection
+    assert consumer.pool.gpu.flushes == 1
     assert consumer.closed == 1
     old, consumer.qos = consumer.qos, Qos()
     new = [Request() for _ in range(2)]
@@ -249,8 +255,9 @@ def revoked():
 
 def test_a_request_revoked_while_it_waits_is_wanted_back_and_looked_at_again(consumer, revoked):
     consumer._slots.initial_value = consumer._slots.value = 4
-    _waits, by_id, by_stamp, running = requests = [Request() for _ in range(4)]
-    by_stamp.stamped_headers = ["house"]
+    other, by_id, by_stamp, running = requests = [Request() for _ in range(4)]
+    by_stamp.stamped_headers = other.stamped_headers = ["house"]
+    by_stamp.stamps, other.stamps = {"house": ["six", "seven"]}, {"house": "eight"}
     for request in requests:
         consumer.on_task_request(request)
     running.accept()
@@ -260,7 +267,7 @@ def test_a_request_revoked_while_it_waits_is_wanted_back_and_looked_at_again(con
     assert [bool(r.handle.wanted_back) for r in requests] == [False, True, True, False]
     by_id.error = TaskRevokedError()  # Celery has announced it
     by_id.handle.wanted_back()
-    by_stamp.handle.wanted_back()  # it has another value of that stamp
+    by_stamp.handle.wanted_back()
     assert by_id not in consumer._waiting and consumer._slots.value == 1
     assert by_stamp.starts == 2 and consumer._waiting[by_stamp] is by_stamp.handle
 
@@ -308,6 +315,7 @@ def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(cons
     dropped = Request(expires=datetime.now(UTC))
     consumer.on_task_request(dropped)
     consumer.on_close()
+    assert consumer.pool.gpu.flushes == 0, "at shutdown the pool asks the driver"
     for _, fire in list(consumer.timer.calls):
         fire()
     consumer.withdraw_revoked()

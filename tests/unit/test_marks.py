@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from bridge import Gpu, batched
 from bridge.errors import ConfigurationInvalid
-from bridge.marks import find_marks
+from bridge.marks import find_marks, is_gpu
 
 
 @pytest.fixture
@@ -105,3 +105,30 @@ def test_unknown_options_fail_where_they_are_written(options):
 def test_options_do_not_change():
     with pytest.raises(ValidationError):
         Gpu().memory = 3
+
+
+GPU, CPU = {"task": "shop.gpu", "args": []}, {"task": "shop.cpu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs", "wanted"),
+    [
+        ("shop.gpu", [], {}, True),
+        ("shop.cpu", [], {}, False),
+        ("celery.map", [], {"task": GPU, "it": [1]}, True),
+        ("celery.starmap", [GPU, [[1]]], {}, True),
+        ("celery.map", [GPU], {"it": [1]}, True),
+        ("celery.map", [], {"task": CPU, "it": [1]}, False),
+        ("celery.chunks", [], {"task": GPU, "it": [1], "n": 1}, False),
+        # what no Celery sends, and a producer of any language may
+        ("celery.map", [], ["x"], False),
+        ("celery.map", {"a": 1}, {}, False),
+        ("celery.map", 5, {}, False),
+        ("celery.map", None, None, False),
+        ("celery.map", [], {"task": []}, False),
+        ("celery.map", [], {"task": {"task": []}}, False),
+        ("celery.map", [], {"task": "shop.gpu"}, False),
+    ],
+)
+def test_maps_over_gpu_tasks_are_gpu_tasks(name, args, kwargs, wanted):
+    assert is_gpu({"shop.gpu": None}, name, args, kwargs) is wanted

@@ -179,18 +179,45 @@ def test_a_request_wanted_back_comes_back_only_if_it_has_not_started(lab):
     assert lab.said() == [("crossing", each) for each in ("accept_callback", "callback", "end")]
 
 
-def test_a_request_wanted_back_of_a_driver_that_dies(lab):
-    asked, later = lab.send("asked"), lab.send("later")
+def test_a_request_wanted_back_that_no_driver_has_comes_back_at_once(lab):
+    asked, later, ended = lab.send("asked"), lab.send("later"), lab.send("ended")
     back = []
     lab.supervisor.withdraw(asked, lambda: back.append("asked"))
     lab.received()
     lab.driver.link.close()
     lab.supervisor.on_readable()
+    assert back == ["asked"], "its driver has died without an answer"
     lab.supervisor.withdraw(later, lambda: back.append("later"))
-    assert back == ["later"], "without a driver nobody has started it"
+    ended.terminate(signal.SIGTERM)
+    assert back == ["asked", "later"]
+    assert lab.said() == [("ended", "error_callback"), ("ended", "end")]
     _, restart, args = lab.hub.later[-1]
     restart(*args)
-    assert lab.received() == ["asked", Withdraw], "the next driver is asked, too"
+    assert lab.received() == [], "the next driver hears of none of them"
+
+
+def test_a_request_wanted_back_during_a_restart_comes_back_at_once(lab):
+    running, waiting = lab.send("running"), lab.send("waiting")
+    lab.say(Accepted(serial(running), 1.0))
+    lab.supervisor.restart()
+    lab.say(Flushed(serial(waiting)))
+    new = lab.send("new")
+    back = []
+    lab.supervisor.withdraw(waiting, lambda: back.append("waiting"))
+    lab.supervisor.withdraw(new, lambda: back.append("new"))
+    assert back == ["waiting", "new"], "not only when the running one ends, hours later"
+
+
+def test_a_restart_ends_when_its_requests_are_dropped_with_the_connection(lab):
+    waiting = lab.send("waiting")
+    lab.received()
+    lab.supervisor.restart()
+    lab.supervisor.flush_requests()
+    assert lab.received() == [Flush, Stop, Flush]
+    lab.say(Flushed(serial(waiting)))
+    lab.die()
+    lab.send("next")
+    assert lab.received() == ["next"]
 
 
 def test_a_soft_limit_is_told_and_the_request_goes_on(lab):

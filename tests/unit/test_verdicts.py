@@ -5,7 +5,7 @@ import pytest
 from actors.contract import FailureKind
 from bridge.verdicts import MAX_LOSSES, Standing, Verdict, judge
 
-EARLY = Standing(False, None, False, 2, 1, 1)
+EARLY = Standing(False, None, False, 2, 1, 1, False)
 LATE = EARLY._replace(acks_late=True)
 KEPT = LATE._replace(reject_on_worker_lost=False)
 REJECTING = LATE._replace(reject_on_worker_lost=True)
@@ -40,6 +40,12 @@ def test_every_kind_of_failure_is_in_the_table_above():
         mark.args[1][i][0] for mark in test_the_settings_of_a_task_decide.pytestmark for i in range(len(mark.args[1]))
     }
     assert rows == {kind.name for kind in FailureKind}
+
+
+@pytest.mark.parametrize("kind", ["CRASHED", "SUSPECT", "LOST", "UNSURE"])
+def test_what_was_given_up_neither_runs_again_nor_fails(kind):
+    for standing in (EARLY, LATE, RETRIED):
+        assert judge(FailureKind[kind], standing._replace(cancelled=True)) is Verdict.CANCELLED
 
 
 def test_the_last_crash_poisons():
