@@ -42,7 +42,7 @@ from actors.contract import (
 )
 from actors.interrupt import Interrupter
 from actors.journal import Journal
-from actors.logs import LogCapture
+from actors.logs import LogCapture, Output
 from actors.release import LoadedTask, connection_closer, load_app, load_tasks
 from actors.residents import load_all
 from actors.signals import executor_init
@@ -74,6 +74,7 @@ class Executor:
         """Load the release and warm everything a first task would otherwise wait for."""
         started = time.monotonic()
         self._say(Step("importing the app"))
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
         app = load_app(self._config.release)
         celery_state._set_task_join_will_block(True)  # as in a prefork child: a body must not wait for other tasks
         self._logs.install(app)
@@ -222,6 +223,7 @@ class Executor:
             celery_state._task_stack.pop()
             loaded.task.request_stack.pop()
         run_s = (time.monotonic_ns() - started) / 1e9
+        self._wishes.add_children(request)
         self._close_connections()
         if error is not None and not self._device.is_healthy(error):
             self._end_broken(error)

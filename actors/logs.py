@@ -22,6 +22,16 @@ LINE_BYTES = 64
 TELL_AFTER_S = 0.3
 
 
+class Output:
+    """Stands for stdout or stderr while the app is imported: who keeps it then writes where the bodies' output goes."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+
 class LogCapture(logging.Handler):
     """Collects the log records of the body that runs now; at any other time they go to this process's stderr."""
 
@@ -40,8 +50,11 @@ class LogCapture(logging.Handler):
         root.handlers[:] = [self]
         root.setLevel(self._level)
         if app.conf.worker_redirect_stdouts:
+            kept = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
             logger = logging.getLogger("celery.redirected")
             app.log.redirect_stdouts_to_logger(logger, app.conf.worker_redirect_stdouts_level)
+            for stream in kept:
+                stream.target = sys.stdout
         threading.Thread(target=self._tell_lines, name="logs", daemon=True).start()
         os.register_at_fork(after_in_child=self._forget_thread)
 

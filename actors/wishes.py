@@ -22,6 +22,12 @@ class Wish(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Children(NamedTuple):
+    """Results of tasks that the body has sent, as Celery's ``as_tuple`` writes them; they are the task's children."""
+
+    results: tuple[Any, ...]
+
+
 class RetryWanted(Retry):
     """Ends a body that called ``self.retry()``; a subclass of Retry, so that bodies treat it as they treat Celery's."""
 
@@ -35,7 +41,7 @@ class Wishes:
 
     def __init__(self, tell: Callable[[bytes], None]) -> None:
         self._tell = tell
-        self._wishes: list[Wish] = []
+        self._wishes: list[Wish | Children] = []
 
     def install(self, task: Any) -> None:
         """Give a task, in this process, methods that record instead of publishing or storing."""
@@ -44,6 +50,11 @@ class Wishes:
         task.update_state = lambda *args, **kwargs: self._tell_now("update_state", args, kwargs)
         task.add_to_chord = lambda sig, lazy=False: self._add_to_chord(task, sig, lazy)
         task.send_event = lambda *args, **kwargs: self._tell_now("send_event", args, kwargs)
+
+    def add_children(self, request: Any) -> None:
+        """Record what the body of this request has sent."""
+        if request._children:
+            self._wishes.append(Children(tuple(child.as_tuple() for child in request._children)))
 
     def take(self) -> bytes:
         """The wishes recorded since the last take, pickled; empty when there are none."""

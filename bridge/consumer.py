@@ -103,7 +103,7 @@ class HybridConsumer:
         """Let one more message in for this one, while it is neither acknowledged nor one of a CPU child's share."""
         if len(self._held) < self.pool.gpu_slots and not self._prefetch_is_fixed():
             self._held[request] = self.qos
-            self.qos.increment_eventually()
+            _shift(self.qos, 1)
 
     def _prefetch_is_fixed(self) -> bool:
         """RabbitMQ's quorum queues: a live consumer cannot change its prefetch count."""
@@ -112,7 +112,7 @@ class HybridConsumer:
     def _narrow(self, request: Any) -> None:
         qos = self._held.pop(request, None)
         if qos is not None and qos is self.qos:  # each connection has its own
-            qos.decrement_eventually()
+            _shift(qos, -1)
 
     def on_ready(self) -> None:
         """Consuming starts; with ``--disable-prefetch`` a message is taken while both kinds have room."""
@@ -180,6 +180,15 @@ class HybridAutoscaler:
     def qty(self) -> int:
         """CPU tasks reserved."""
         return sum(not self.pool.is_gpu(request) for request in tuple(reserved_requests))
+
+
+def _shift(qos: Any, change: int) -> None:
+    """Prefetch by one more or less; `worker_eta_task_limit` bounds ETA tasks, so it moves along."""
+    with qos._mutex:
+        if qos.value:  # 0 means no limit
+            qos.value = max(1, qos.value + change)
+            if qos.max_prefetch is not None:
+                qos.max_prefetch += change
 
 
 def _may_be_revoked(request: Any) -> bool:

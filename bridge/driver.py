@@ -98,6 +98,7 @@ class Driver:
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
+        self._unsent: deque[tuple[int, Call]] = deque()  # calls whose `Accepted` the link has not taken yet
         self._fetching: dict[str, int] = {}  # token of a large outcome on its way -> its actor
         self._ready: set[int] = set()
         self._unready_since = time.monotonic()
@@ -143,6 +144,7 @@ class Driver:
             self._give_up_waiting()
             if time.monotonic() - self._reported_at > REPORT_S:
                 self._send_report()
+            self._submit()
             written = self._flush()
             if written is waiting_to_write:
                 waiting_to_write = not written
@@ -315,7 +317,13 @@ class Driver:
         if calls:
             call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s)
             self._calls[call.id] = actor, call
-            self._fleet.submit(actor, call)
+            self._unsent.append((actor, call))
+            self._submit()
+
+    def _submit(self) -> None:
+        """Send calls, and word of them to the worker before: should this process die, it must know what has started."""
+        while self._unsent and self._flush():
+            self._fleet.submit(*self._unsent.popleft())
 
     def _accept(self, task: TracedTask) -> None:
         task.accepted = task.announced = True

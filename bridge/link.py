@@ -31,6 +31,7 @@ class Run(NamedTuple):
     hard_limit_s: float | None
     lost: int  # drivers that died while they had it
     refusal: str = ""  # why it must not run
+    announced: bool = False  # Celery knows it as started, so the broker may not have it any more
 
 
 class Cancel(NamedTuple):

@@ -6,10 +6,12 @@ from types import TracebackType
 from typing import Any
 
 import tblib
+from celery.result import result_from_tuple
 from celery.utils.log import get_task_logger
 from celery.utils.serialization import get_pickleable_exception
 
 from actors.contract import Failed, FailureKind, LogLine, Outcome
+from actors.wishes import Children
 from bridge.errors import GpuOutOfMemory, RemoteTaskError, ResultInvalid, TaskNotOnActor
 
 
@@ -47,6 +49,8 @@ def grant(task: Any, wishes: bytes) -> Any:
     for wish in pickle.loads(wishes) if wishes else []:
         if isinstance(wish, LogLine):
             _log((wish,))
+        elif isinstance(wish, Children):
+            task.request.children.extend(result_from_tuple(each, app=task.app) for each in wish.results)
         else:
             granted = getattr(task, wish.method)(*wish.args, **wish.kwargs)
     return granted

@@ -419,6 +419,7 @@ class DriverSupervisor:
         if request.announced:
             return
         request.announced, request.on_given_back = True, None
+        request.run = request.run._replace(announced=True)
         _call(request.callbacks["accept_callback"], self.pid, at)
         _call(request.on_accepted)
         if request.run.hard_limit_s:

@@ -53,7 +53,7 @@ class TracedTask:
         self.tracer: _Tracer | None = None
         self.payload: bytes | None = None  # set while `forward` waits for the outcome
         self.accepted = False  # its call is with an actor
-        self.announced = False  # the worker has been told so, once or more
+        self.announced = run.announced  # the worker has been told so, by this driver or an earlier one
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
         self.crashes = self.losses = 0

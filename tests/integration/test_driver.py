@@ -72,11 +72,12 @@ class Lab:
         fields = dict.fromkeys(Health._fields, 0) | {"state": ActorState.READY, "device": {}, "node": "here"}
         self.event(SlotChanged(0, Health(**fields), ""))
 
-    def send(self, value):
+    def send(self, value, announced=False):
         self.serial += 1
         request = {"id": str(self.serial), "task": "lab.echo", "delivery_info": {}, "argsrepr": "", "kwargsrepr": ""}
         body = ((value,), {}, {})
         run = link.Run(self.serial, "lab.echo", str(self.serial), request, body, None, None, None, None, 0)
+        run = run._replace(announced=announced)
         self.driver._take(run)
         return self.serial
 
@@ -208,3 +209,37 @@ def test_a_body_whose_progress_cannot_be_stored_ends_with_its_task(lab, monkeypa
     lab.event(Replied(call.id, Reply((Pending(task.token, True, (wish,)),), 0.0), ""))
     assert lab.answers()[-1].serial == lab.serial
     assert lab.fleet.cancelled == [task.token], "or it would run on, perhaps beside its own retry"
+
+
+def test_the_worker_is_told_before_a_call_leaves(lab, monkeypatch):
+    """Should the driver die right after, the worker must not take the task for one that has never started."""
+    told = []
+    submit = lab.fleet.submit
+
+    def look(slot, call):
+        told.append([type(message) for message in lab.link.receive()])
+        submit(slot, call)
+
+    lab.fleet.submit = look
+    lab.ready()
+    lab.link.receive()
+    lab.send(1)
+    assert told[0][-1] is link.Accepted
+    flush, lab.driver._link.flush = lab.driver._link.flush, lambda: False  # the worker takes nothing at the moment
+    lab.event(Replied(lab.fleet.calls[0].id, Reply((succeeded(lab.fleet.calls[0].tasks[0], 1),), 0.0), ""))
+    lab.send(2)
+    assert len(lab.fleet.calls) == 1
+    lab.driver._link.flush = flush
+    lab.driver._submit()
+    assert len(lab.fleet.calls) == 2
+
+
+def test_what_an_earlier_driver_has_announced_is_not_given_back(lab):
+    first = lab.send("waits")
+    lab.send("announced", announced=True)
+    lab.link.send(link.Flush())
+    lab.link.flush()
+    lab.driver._read_link()
+    lab.driver._flush()
+    flushed = [message.serial for message in lab.link.receive() if isinstance(message, link.Flushed)]
+    assert flushed == [first], "the broker may not have the other any more"

@@ -46,6 +46,7 @@ from celery.utils.log import get_task_logger
 from bridge import batched, executor_init
 
 started = []
+OUT = sys.stdout  # as celery.contrib.rdb and many loggers keep it
 
 
 @executor_init.connect
@@ -236,6 +237,10 @@ def halves(numbers: list[int], paths: list[str]) -> list[int]:
     return numbers
 
 @app.task
+def prints_where_it_kept():
+    print("kept", file=OUT)
+
+@app.task
 def starts():
     return started
 
@@ -405,6 +410,7 @@ TASKS = [
     "stubborn", "leaves_child", "fork_and_exit", "moves", "cwd", "prints", "logs", "closes_files", "big",
     "returns_lock", "who", "in_context", "retries", "progress", "bad_progress", "no_memory", "no_memory_once", "waits",
     "no_memory_early", "says_and_holds", "starts", "returns_bomb", "prints_then_bomb", "halves",
+    "prints_where_it_kept",
     "catches", "busy_with_locks", "logs_under_lock", "locks_are_free", "squares", "batch_segfault", "batch_sizes",
     "batch_hold", "progress_and_hold", "tells_for_ever",
 ]  # fmt: skip
@@ -899,6 +905,11 @@ def test_logs_of_a_failure_travel_too(driver):
     (outcome,) = driver.outcomes(task("prints", 160))
     assert [line.text for line in outcome.logs] == ["x" * 79] * 2
     assert {line.logger for line in outcome.logs} == {"celery.redirected"}
+
+
+def test_what_a_module_kept_as_stdout_leads_to_the_log(driver):
+    (outcome,) = driver.outcomes(task("prints_where_it_kept"))
+    assert [line.text for line in outcome.logs] == ["kept"]
 
 
 def test_ten_megabytes_of_prints_are_cut(driver):

@@ -1,5 +1,6 @@
 """What may enter the worker: slots, prefetch and autoscale per kind, with a make-believe consumer and pool."""
 
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,14 +11,15 @@ from bridge.consumer import HybridAutoscaler, HybridConsumer, hybrid_autoscaler,
 
 
 class Qos:
+    max_prefetch = None
+
     def __init__(self):
-        self.wider = 0
+        self.value = 100
+        self._mutex = threading.RLock()
 
-    def increment_eventually(self, n=1):
-        self.wider += n
-
-    def decrement_eventually(self, n=1):
-        self.wider -= n
+    @property
+    def wider(self):
+        return self.value - 100
 
 
 class Handle:
@@ -337,3 +339,17 @@ def test_slots_are_in_the_first_prefetch_count_where_it_cannot_change(consumer):
     consumer.qos_global = False
     consumer.initial_prefetch_count = 0
     assert consumer.initial_prefetch_count == 0, "0 means no limit"
+
+
+def test_the_limit_of_eta_tasks_is_not_one_of_gpu_tasks(consumer):
+    consumer.qos.max_prefetch = 100
+    requests = [Request() for _ in range(2)]
+    for request in requests:
+        consumer.on_task_request(request)
+    assert (consumer.qos.value, consumer.qos.max_prefetch) == (102, 102)
+    for request in requests:
+        request.end()
+    assert (consumer.qos.value, consumer.qos.max_prefetch) == (100, 100)
+    consumer.qos.value = 0
+    consumer.on_task_request(Request())
+    assert consumer.qos.value == 0, "no limit"

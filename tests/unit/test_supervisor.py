@@ -69,7 +69,8 @@ class Lab:
         return Process.started[-1]
 
     def send(self, name, hard_limit_s=None):
-        run = dict.fromkeys(Run._fields[1:-2]) | {"id": name, "hard_limit_s": hard_limit_s}
+        fields = [field for field in Run._fields if field not in ("serial", "lost", "refusal", "announced")]
+        run = dict.fromkeys(fields) | {"id": name, "hard_limit_s": hard_limit_s}
         names = ("callback", "error_callback", "accept_callback", "timeout_callback")
         callbacks = {each: lambda *args, each=each: self.heard.append((name, each, args)) for each in names}
         request = self.supervisor.apply(run, callbacks)
