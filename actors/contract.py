@@ -73,6 +73,9 @@ class LogLine(NamedTuple):
     logger: str
     text: str
     of_task: bool  # its logger came from `get_task_logger`
+    created: float = 0.0  # as `time.time` on the GPU node
+    where: tuple[str, int, str] = ("", 0, "")  # file, line and function of the call
+    extra: bytes = b""  # what the caller gave as ``extra``, pickled
 
 
 class Succeeded(NamedTuple):

@@ -204,6 +204,7 @@ class Executor:
     ) -> "_Result":
         """Run a body with its request in place, interruptible, on a device that is idle again afterwards."""
         request = Context(context, args=type(context.get("args", []))(args), kwargs=kwargs, called_directly=False)
+        before = dict(vars(request))
         loaded.task.request_stack.push(request)
         self._token = token
         celery_state._task_stack.push(loaded.task)
@@ -223,7 +224,7 @@ class Executor:
             celery_state._task_stack.pop()
             loaded.task.request_stack.pop()
         run_s = (time.monotonic_ns() - started) / 1e9
-        self._wishes.add_children(request)
+        self._wishes.add_traces(request, before)
         self._close_connections()
         if error is not None and not self._device.is_healthy(error):
             self._end_broken(error)

@@ -8,6 +8,7 @@ Ray shows a driver only the output of actors it created itself, and actors here 
 
 import logging
 import os
+import pickle
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from actors.contract import LogLine
 
 #: What a line costs beside its text, so that empty lines are bounded, too.
 LINE_BYTES = 64
+#: What every record has; anything else is the caller's ``extra``.
+_USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 #: A line of a running body is told after this, in seconds, with all that came meanwhile.
 TELL_AFTER_S = 0.3
 
@@ -47,6 +50,9 @@ class LogCapture(logging.Handler):
     def install(self, app: Any) -> None:
         """Become the root logger's only handler; prints are logged as Celery's workers log them."""
         root = logging.getLogger()
+        for logger in [each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger)]:
+            logger.handlers[:] = []  # the driver's loggers have the same ones, and call them
+            logger.propagate = True
         root.handlers[:] = [self]
         root.setLevel(self._level)
         if app.conf.worker_redirect_stdouts:
@@ -82,7 +88,10 @@ class LogCapture(logging.Handler):
             self._room -= len(text) + LINE_BYTES
             if self._room <= 0:
                 text = text[: self._limit] + " … (more output of this task was dropped)"
-            self._lines.append(LogLine(record.levelno, record.name, text, _is_of_task(record.name)))
+            where = record.pathname, record.lineno, record.funcName or ""
+            of_task = _is_of_task(record.name)
+            line = LogLine(record.levelno, record.name, text, of_task, record.created, where, _extra(record))
+            self._lines.append(line)
             self._has_lines.set()
 
     def _forget_thread(self) -> None:
@@ -96,6 +105,17 @@ class LogCapture(logging.Handler):
                 if self._lines:
                     self._tell(self._lines)
                     self._lines = []
+
+
+def _extra(record: logging.LogRecord) -> bytes:
+    """What a record has beyond every other, as far as it can travel."""
+    found = {name: value for name, value in vars(record).items() if name not in _USUAL}
+    if not found:
+        return b""
+    try:
+        return pickle.dumps(found, 5)
+    except Exception:
+        return pickle.dumps({name: str(value) for name, value in found.items()}, 5)
 
 
 def _is_of_task(name: str) -> bool:

@@ -13,6 +13,9 @@ from celery.utils.serialization import raise_with_context
 
 from actors.exceptions import dumps
 
+#: What a body puts on its request is for handlers; anything larger stays where it is, in bytes.
+NEWS_BYTES = 65_536
+
 
 class Wish(NamedTuple):
     """One call of a Celery method of the task: ``getattr(task, method)(*args, **kwargs)``."""
@@ -28,6 +31,12 @@ class Children(NamedTuple):
     results: tuple[Any, ...]
 
 
+class RequestChanges(NamedTuple):
+    """What the body has put on its request, for the task's handlers in the driver."""
+
+    values: dict[str, Any]
+
+
 class RetryWanted(Retry):
     """Ends a body that called ``self.retry()``; a subclass of Retry, so that bodies treat it as they treat Celery's."""
 
@@ -41,7 +50,7 @@ class Wishes:
 
     def __init__(self, tell: Callable[[bytes], None]) -> None:
         self._tell = tell
-        self._wishes: list[Wish | Children] = []
+        self._wishes: list[Wish | Children | RequestChanges] = []
 
     def install(self, task: Any) -> None:
         """Give a task, in this process, methods that record instead of publishing or storing."""
@@ -51,10 +60,13 @@ class Wishes:
         task.add_to_chord = lambda sig, lazy=False: self._add_to_chord(task, sig, lazy)
         task.send_event = lambda *args, **kwargs: self._tell_now("send_event", args, kwargs)
 
-    def add_children(self, request: Any) -> None:
-        """Record what the body of this request has sent."""
+    def add_traces(self, request: Any, before: dict[str, Any]) -> None:
+        """Record what a body has left on its request, which was `before`: tasks it has sent, attributes of its own."""
         if request._children:
             self._wishes.append(Children(tuple(child.as_tuple() for child in request._children)))
+        changed = {name: value for name, value in vars(request).items() if _is_news(name, value, before)}
+        if changed:
+            self._wishes.append(RequestChanges(changed))
 
     def take(self) -> bytes:
         """The wishes recorded since the last take, pickled; empty when there are none."""
@@ -102,3 +114,12 @@ class Wishes:
     def _replace(self, sig: Any) -> Any:
         self._record("replace", (sig,), {})
         raise ReplaceWanted("Replaced by new task")
+
+
+def _is_news(name: str, value: Any, before: dict[str, Any]) -> bool:
+    if name.startswith("_") or name in ("args", "kwargs") or (name in before and before[name] is value):
+        return False
+    try:
+        return len(dumps(value)) <= NEWS_BYTES
+    except Exception:
+        return False

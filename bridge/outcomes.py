@@ -11,7 +11,7 @@ from celery.utils.log import get_task_logger
 from celery.utils.serialization import get_pickleable_exception
 
 from actors.contract import Failed, FailureKind, LogLine, Outcome
-from actors.wishes import Children
+from actors.wishes import Children, RequestChanges
 from bridge.errors import GpuOutOfMemory, RemoteTaskError, ResultInvalid, TaskNotOnActor
 
 
@@ -49,6 +49,8 @@ def grant(task: Any, wishes: bytes) -> Any:
     for wish in pickle.loads(wishes) if wishes else []:
         if isinstance(wish, LogLine):
             _log((wish,))
+        elif isinstance(wish, RequestChanges):
+            task.request.update(wish.values)
         elif isinstance(wish, Children):
             task.request.children.extend(result_from_tuple(each, app=task.app) for each in wish.results)
         else:
@@ -90,4 +92,9 @@ def _rebuild(outcome: Failed) -> BaseException:
 def _log(lines: tuple[LogLine, ...]) -> None:
     for line in lines:
         logger = get_task_logger(line.logger) if line.of_task else logging.getLogger(line.logger)
-        logger.log(line.level, "%s", line.text)
+        if logger.isEnabledFor(line.level):
+            file, number, function = line.where
+            extra = pickle.loads(line.extra) if line.extra else None
+            record = logger.makeRecord(logger.name, line.level, file, number, line.text, (), None, function, extra)
+            record.created = line.created or record.created
+            logger.handle(record)

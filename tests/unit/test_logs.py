@@ -1,9 +1,12 @@
 """What a body logs is kept with its outcome, and bounded."""
 
 import logging
+import pickle
 import sys
+import threading
 
 import pytest
+from celery import Celery
 
 from actors.logs import LogCapture
 
@@ -24,7 +27,34 @@ def test_lines_of_a_body_are_kept_in_order(logger, capture):
     capture.start()
     logger.info("one %d", 1)
     logger.error("two")
-    assert [tuple(line) for line in capture.take()] == [(20, "shop", "one 1", False), (40, "shop", "two", False)]
+    first, second = capture.take()
+    assert (first[:4], second[:4]) == ((20, "shop", "one 1", False), (40, "shop", "two", False))
+    assert first.created <= second.created
+    assert first.where[0] == __file__ and first.where[2] == "test_lines_of_a_body_are_kept_in_order"
+
+
+def test_what_a_caller_gives_as_extra_travels_as_far_as_it_can(logger, capture):
+    capture.start()
+    logger.info("one", extra={"tenant": "red", "lock": threading.Lock()})
+    logger.info("two", extra={"tenant": "blue"})
+    first, second = (pickle.loads(line.extra) for line in capture.take())
+    assert first["tenant"] == "red" and "lock" in first["lock"]
+    assert second["tenant"] == "blue" and "lock" not in second
+
+
+def test_handlers_of_the_apps_own_loggers_are_called_where_the_lines_are_logged_again(capture):
+    own = logging.getLogger("tests.own_handler")
+    own.addHandler(logging.NullHandler())
+    own.propagate = False
+    root, before = logging.getLogger(), list(logging.getLogger().handlers)
+    try:
+        capture.install(Celery("logs", set_as_current=False, config_source={"worker_redirect_stdouts": False}))
+        capture.start()
+        own.error("once")
+        assert [line.text for line in capture.take()] == ["once"]
+        assert own.handlers == []
+    finally:
+        root.handlers[:] = before
 
 
 def test_each_body_has_its_own(logger, capture):

@@ -149,3 +149,12 @@ def test_logs_are_logged_here_whatever_the_outcome(caplog):
         raised(failed(logs=lines))
     found = [(record.name, record.levelno, record.getMessage()) for record in caplog.records]
     assert found == [tuple(line[i] for i in (1, 0, 2)) for line in lines] * 2
+
+
+def test_a_line_keeps_when_and_where_it_was_logged_and_its_extra(caplog):
+    line = LogLine(logging.INFO, "shop", "done", False, 5.0, ("shop.py", 7, "body"), pickle.dumps({"tenant": "red"}))
+    with caplog.at_level(logging.INFO):
+        resolve(Task(), succeeded(1, logs=(line,)))
+    (record,) = caplog.records
+    assert (record.created, record.pathname, record.lineno, record.funcName) == (5.0, "shop.py", 7, "body")
+    assert record.tenant == "red"

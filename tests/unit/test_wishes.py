@@ -1,9 +1,12 @@
 """What a body asks of Celery on a GPU node is recorded, and the body ends as it would have."""
 
 import pickle
+import threading
 
+import numpy
 import pytest
 from celery import Celery
+from celery.app.task import Context
 from celery.exceptions import Ignore, MaxRetriesExceededError, Retry
 
 from actors.wishes import ReplaceWanted, RetryWanted, Wishes
@@ -84,6 +87,18 @@ def test_the_last_retry_raises_the_error_it_was_for(task, wishes):
     with pytest.raises(MaxRetriesExceededError, match=r"Can't retry shop\.task\[id\] args:\(1,\) kwargs:"):
         task.retry()
     assert wishes.take() == b""
+
+
+def test_what_a_body_leaves_on_its_request_is_for_its_handlers(wishes):
+    request = Context({"id": "1", "headers": {"a": 1}}, args=[], kwargs={})
+    before = dict(vars(request))
+    wishes.add_traces(request, before)
+    assert wishes.take() == b""
+    request.tenant, request.headers, request._own = "red", numpy.zeros(2), "own"
+    request.lock, request.huge = threading.Lock(), "x" * 100_000
+    wishes.add_traces(request, before)
+    ((values,),) = pickle.loads(wishes.take())
+    assert set(values) == {"tenant", "headers"} and values["tenant"] == "red"
 
 
 def test_the_last_retry_raises_the_tasks_own_exhaustion_error(task):
