@@ -23,8 +23,10 @@ $(VENV)/installed-all: pyproject.toml $(VENV)/installed-demo
 demo: $(VENV)/installed-demo ## real photographs through the GPU pipeline; leaves out/contact-sheet.png
 	@$(BIN)/python -m examples.photos.demo
 
+# Two processes, because most tests wait most of the time; each has its own Redis, Ray and RabbitMQ.
+TEST_PROCESSES ?= 2
 test: $(VENV)/installed-all ## all tests that can run here; says what was skipped and why
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/installed-all ## linters, types, import contracts
 	@$(BIN)/ruff check .

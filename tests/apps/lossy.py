@@ -5,12 +5,11 @@ import signal
 import time
 from pathlib import Path
 
-from celery import Celery
-
 from bridge import batched
+from tests.apps.base import App
 from tests.apps.shop import note
 
-app = Celery("lossy")
+app = App("lossy")
 #: What a task says of itself -> its options.
 SETTINGS = {
     "early": {},

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from celery import Celery
+from tests.apps.base import App
 
-app = Celery("messages")
+app = App("messages")
 app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,

@@ -1,8 +1,8 @@
 """An app whose beat sends a GPU task, over and over."""
 
-from celery import Celery
+from tests.apps.base import App
 
-app = Celery("periodic")
+app = App("periodic")
 app.conf.update(
     timezone="UTC",
     broker_connection_retry_on_startup=True,

@@ -11,19 +11,21 @@ import time
 from pathlib import Path
 
 from billiard.einfo import ExceptionWithTraceback
-from celery import Celery, Task, chain, current_task, shared_task, signals
+from celery import Task, chain, current_task, signals
 from celery.contrib.abortable import AbortableTask
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
 from celery.worker.request import Request
 from pydantic import BaseModel, field_validator
 
+from tests.apps.base import App
+
 KINDS = ("gpu", "cpu")
 QUEUE = "promise"
 OTHER_QUEUE = "promise.other"  # consumed, too
 PARKED = "promise.parked"  # by nobody
 
-app = Celery("promise")
+app = App("promise", include=["tests.apps.promise_shared"])
 app.conf.update(
     task_acks_late=True,
     task_default_queue=QUEUE,
@@ -634,16 +636,6 @@ def loudly(function):
 @loudly
 def decorated(text, times=2):
     return text * times
-
-
-def shared(name, **options):
-    @shared_task(name=name, bind=True, **options)
-    def task(self, first, /, *rest, by="keyword", **more):
-        return [self.name, first, list(rest), by, more]
-
-
-shared("gpu.shared", gpu=True)
-shared("cpu.shared")
 
 
 class Order(BaseModel):

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import numpy
-from celery import Celery, Task
+from celery import Task
 from celery.exceptions import SoftTimeLimitExceeded
 from pydantic import BaseModel
 
 from bridge import Gpu, array_module, batched, resident
+from tests.apps.base import App
 
-app = Celery("shop")
+app = App("shop")
 app.conf.update(
     task_acks_late=True,
     broker_connection_retry_on_startup=True,

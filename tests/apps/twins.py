@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from celery import Celery
+from tests.apps.base import App
 
-app = Celery("twins")
+app = App("twins")
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_default_queue="twins",
