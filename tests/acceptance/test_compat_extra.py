@@ -17,6 +17,7 @@ from celery import Celery, chain
 from celery.utils.nodenames import worker_direct
 from kombu import Exchange, Producer
 
+from tests.apps import compat
 from tests.apps.compat import EXCLUDED, IMAGES, KINDS, MAIN
 from tests.support.services import ROOT, Worker, wait_for
 
@@ -34,13 +35,34 @@ CONF = {
     "worker_direct": True,
     "worker_consumer": "tests.apps.compat:OwnConsumer",
     "worker_autoscaler": "tests.apps.compat:OwnAutoscaler",
-    "worker_log_format": "worker %(levelname)s %(processName)s %(name)s: %(message)s",
-    "worker_task_log_format": "task %(levelname)s %(processName)s %(task_name)s <%(task_id)s>: %(message)s",
+    "worker_eta_task_limit": 3,
+    "worker_pool_restarts": True,
+    "worker_log_datefmt": "one day",
+    "worker_task_log_datefmt": "another day",
+    "worker_log_format": "worker %(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s",
+    "worker_task_log_format": "task %(asctime)s %(levelname)s %(processName)s %(task_name)s <%(task_id)s> "
+    "%(funcName)s %(colour)s: %(message)s",
     "worker_redirect_stdouts_level": "ERROR",
     "worker_cancel_long_running_tasks_on_connection_loss": True,
     "result_failure_expires": 555,
     "result_expires": 333,
 }
+
+
+INCLUDED = """
+import os
+from celery import shared_task
+
+TEXT = "before"
+
+@shared_task(name="gpu.included", gpu=True)
+def gpu():
+    return [TEXT, os.getpid()]
+
+@shared_task(name="cpu.included")
+def cpu():
+    return [TEXT, os.getpid()]
+"""
 
 
 def settings(folder, **conf):
@@ -67,6 +89,11 @@ class Site:
         own_log = folder / "root.log"
         wait_for(lambda: " ready." in self.worker.output + "".join(lines(own_log)), "the worker to be ready")
         self.client = client(environment, **{key: conf[key] for key in SHARED if key in conf})
+        if conf.get("worker_enable_remote_control", True):
+            wait_for(self.answers, "an answer: on Redis a worker is ready before it listens")
+
+    def answers(self):
+        return self.client.control.ping(destination=[name_of(self.short)], timeout=1, limit=1)
 
     def send(self, name, *args, **options):
         return self.client.send_task(name, args, **options)
@@ -106,13 +133,10 @@ def close(app):
 @pytest.fixture(scope="module")
 def site(environment, tmp_path_factory):
     folder, more = tmp_path_factory.mktemp("compat"), tmp_path_factory.mktemp("included")
-    (more / "compat_included.py").write_text(
-        "import os\nfrom celery import shared_task\n"
-        "@shared_task(name='gpu.included', gpu=True)\ndef gpu(): return os.getpid()\n"
-        "@shared_task(name='cpu.included')\ndef cpu(): return os.getpid()\n"
-    )
-    options = ("-I", "compat_included", "--tag=blue", "--preloaded=early", "-X", EXCLUDED, "--autoscale=2,1")
+    (more / "compat_included.py").write_text(INCLUDED)
+    options = ("-I", "compat_included", "--tag=blue", "--preloaded=early", "-X", EXCLUDED, "--autoscale=1,1")
     site = Site(environment, folder, "compat", *options, env={"PYTHONPATH": str(more)}, **CONF)
+    site.included = more / "compat_included.py"
     try:
         yield site
         assert site.worker.popen.poll() is None, site.worker.output[-5000:]
@@ -138,7 +162,7 @@ def test_base_class_annotations_and_included_modules(site, kind):
     assert told[:2] == [result.id, "ValueError"]
     gpu = site.ask("stats")["pool"]["gpu"]
     pids = {"gpu": {gpu["actors"][0]["executor_pid"]}, "cpu": set(site.ask("stats")["pool"]["processes"])}
-    assert site.send(f"{kind}.included").get(**GET) in pids[kind]
+    assert site.send(f"{kind}.included").get(**GET)[1] in pids[kind]
     assert (int(told[2]) == gpu["driver"]) is (kind == "gpu")
 
 
@@ -166,6 +190,27 @@ def test_a_body_publishes_where_its_node_reaches_the_broker(site, kind):
     other = {"gpu": "cpu", "cpu": "gpu"}[kind]
     own, child, value = site.send(f"{kind}.publishes", f"{other}.parents").get(**GET)
     assert value == [own, own] and child != own, "parent and root; result.get() needs allow_join_result, as ever"
+    assert [each.id for each in site.client.AsyncResult(own).children] == [child]
+
+
+def test_a_task_called_as_a_function_runs_where_it_is_called(site, kind):
+    for name in KINDS:
+        here, there = site.send(f"{kind}.calls", f"{name}.pid").get(**GET)
+        assert here == there
+
+
+def test_a_new_style_errback_is_called_where_the_failed_task_is_traced(site, kind):
+    errback = site.client.signature(f"{kind}.errback", ("errbacks",))
+    result = site.send(f"{kind}.fails", link_error=errback)
+    result.get(propagate=False, **GET)
+    wait_for(lambda: any(result.id in line for line in lines(site.folder / "errbacks")), "the errback")
+    pid = int(next(line.split()[1] for line in lines(site.folder / "errbacks") if result.id in line))
+    pool = site.ask("stats")["pool"]
+    assert pid == pool["gpu"]["driver"] if kind == "gpu" else pid in pool["processes"]
+
+
+def test_an_eager_task_is_replaced_as_celery_does_it(kind):
+    assert compat.app.tasks[f"{kind}.replaced"].apply(("x",)).get() == "x"
 
 
 # ---- messages
@@ -220,12 +265,13 @@ def test_log_formats_levels_and_handlers(site, kind):
     process = {"gpu": "GpuDriver-1", "cpu": r"ForkPoolWorker-\d+"}[kind]
     task = f"{process} {kind}.speaks <{result.id}>"
     for wanted in (
-        f"task INFO {task}: task of {kind}",
-        f"worker INFO {process} plainly: plain of {kind}",
-        f"worker ERROR {process} celery.redirected: printed of {kind}",
+        f"task another day INFO {task} speaks red: task of {kind}",
+        f"worker one day INFO {process} plainly: plain of {kind}",
+        f"worker one day ERROR {process} celery.redirected: printed of {kind}",
     ):
         wait_for(lambda wanted=wanted: re.search(rf"^{wanted}$", site.worker.output, re.M), wanted)
     assert lines(site.folder / "own.log").count(f"task of {kind}") == 1, "a handler of after_setup_task_logger"
+    assert lines(site.folder / "plain.log").count(f"plain of {kind}") == 1, "a handler of the app's own logger"
 
 
 def test_the_length_of_a_result_in_the_log(site, kind):
@@ -233,6 +279,12 @@ def test_the_length_of_a_result_in_the_log(site, kind):
     assert result.get(**GET) == "long" * 30
     said = wait_for(lambda: re.search(rf"{result.id}\] succeeded in \S+: (.*)", site.worker.output), "its success")
     assert len(said[1]) <= 35 and said[1].startswith("'long"), "resultrepr_maxsize"
+
+
+def test_what_a_body_leaves_on_its_request_reaches_its_handlers(site, kind):
+    result = site.send(f"{kind}.leaves", kind)
+    result.get(**GET)
+    wait_for(lambda: f"{result.id} {kind}" in lines(site.folder / "left"), "on_success to see it")
 
 
 # ---- extensions
@@ -266,11 +318,34 @@ def test_the_call_and_result_commands(site, environment):
     assert celery("result", task_id) == "42"
 
 
+def test_commands_about_the_worker_itself(site):
+    assert site.ask("enable_events") == {"ok": "task events enabled"}
+    assert site.ask("disable_events") == {"ok": "task events disabled"}
+    assert site.ask("clock")["clock"] >= 1 and site.ask("memsample")
+    assert site.ask("heartbeat") is None
+    task_id = str(uuid.uuid4())
+    site.ask("revoke", task_id=task_id)
+    assert task_id in site.ask("revoked")
+
+
+# ---- prefetch
+
+
+def test_an_eta_limit_is_about_eta_tasks(site, tmp_path):
+    """`worker_eta_task_limit`: the window of GPU tasks is another matter, and as before afterwards."""
+    before, gate = site.ask("stats")["prefetch_count"], tmp_path / "gate"
+    held = site.send("gpu.holds", str(gate), str(tmp_path / "runs"))
+    waiting = [site.send("gpu.same", number) for number in range(10)]
+    wait_for(lambda: site.ask("stats")["pool"]["gpu"]["in_flight"] == 11, "all GPU tasks to be in the worker")
+    gate.touch()
+    assert [result.get(**GET) for result in [held, *waiting]] == ["held", *range(10)]
+    wait_for(lambda: site.ask("stats")["prefetch_count"] == before, "the window to be as before")
+
+
 # ---- debugging
 
 
 def test_rdb_opens_where_the_body_runs(site, kind):
-    """Its port is in the worker's log, if the body itself has imported rdb."""
     before = len(site.worker.output)
     result = site.send(f"{kind}.debugged")
     ready = r"Remote Debugger:(\d+): Ready to connect"
@@ -296,7 +371,7 @@ def test_a_running_task_is_cancelled_when_the_connection_is_lost(site, kind, red
     said = site.worker.output.count("Connected to redis")
     ports = {each.laddr.port for each in psutil.Process(site.worker.pid).net_connections("tcp")}
     for each in redis_server.client.client_list():
-        if int(each["addr"].rpartition(":")[2]) in ports:
+        if each["cmd"] == "brpop" and int(each["addr"].rpartition(":")[2]) in ports:
             redis_server.client.client_kill_filter(_id=each["id"])
     wait_for(lambda: site.worker.output.count("Connected to redis") > said, "the worker to connect again")
     wait_for(lambda: len(lines(runs)) == 2, "its second run: the first was cancelled, not left to run on")
@@ -304,6 +379,17 @@ def test_a_running_task_is_cancelled_when_the_connection_is_lost(site, kind, red
     assert result.get(**GET) == "held"
     if kind == "gpu":
         assert len(set(lines(runs))) == 1, "the executor stays"
+
+
+def test_pool_restart_reloads_children_and_not_executors(site):
+    """The last test of this worker: its code is changed on the disk."""
+    before = {kind: site.send(f"{kind}.included").get(**GET) for kind in KINDS}
+    site.included.write_text(INCLUDED.replace("before", "after"))
+    driver = site.ask("stats")["pool"]["gpu"]["driver"]
+    assert site.ask("pool_restart", modules=["compat_included"], reload=True) == {"ok": "reload started"}
+    wait_for(lambda: site.ask("stats")["pool"]["gpu"]["driver"] != driver, "another driver")
+    assert site.send("cpu.included").get(**GET)[0] == "after"
+    assert site.send("gpu.included").get(**GET) == before["gpu"]
 
 
 # ---- one worker after the other
@@ -317,10 +403,13 @@ def test_statedb_purge_excluded_queues_and_settings_of_a_quiet_worker(environmen
         purged.send_task(f"{kind}.runs", ("runs", "purged"))
     first = Site(environment, tmp_path, "first", statedb, "--purge", "-Q", f"{MAIN},{EXCLUDED}")
     revoked = {kind: str(uuid.uuid4()) for kind in KINDS}
-    for task_id in revoked.values():
-        first.ask("revoke", task_id=task_id)
-    first.send("gpu.runs", "runs", "first").get(**GET)
-    first.stop()
+    try:
+        for task_id in revoked.values():
+            first.ask("revoke", task_id=task_id)
+        first.send("gpu.runs", "runs", "first").get(**GET)
+        first.stop()
+    finally:
+        first.close()
     assert lines(tmp_path / "runs") == ["first"], "what was there before was purged"
     for kind, task_id in revoked.items():
         purged.send_task(f"{kind}.runs", ("runs", "revoked"), task_id=task_id)
@@ -329,7 +418,8 @@ def test_statedb_purge_excluded_queues_and_settings_of_a_quiet_worker(environmen
         "worker_enable_remote_control": False, "worker_hijack_root_logger": False, "worker_redirect_stdouts": False,
         "task_ignore_result": True, "task_store_errors_even_if_ignored": True,
     }  # fmt: skip
-    second = Site(environment, tmp_path, "second", statedb, "-X", EXCLUDED, **quiet)
+    alone = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+    second = Site(environment, tmp_path, "second", statedb, "-X", EXCLUDED, *alone, **quiet)
     try:
         sent = {kind: [second.send(f"{kind}.{name}", "x") for name in ("same", "fails", "speaks")] for kind in KINDS}
         for _, error, _ in sent.values():
@@ -339,6 +429,7 @@ def test_statedb_purge_excluded_queues_and_settings_of_a_quiet_worker(environmen
         root = tmp_path / "root.log"
         for process in ("GpuDriver-1", "ForkPoolWorker-1"):
             wait_for(lambda process=process: f"root {process}: plain x" in lines(root), "the app's own root handler")
+        assert second.worker.output.count("printed x") == 1, "of the child; the executor's is in Ray's log"
         assert [value.state for value, _, _ in sent.values()] == ["PENDING"] * 2, "task_ignore_result"
         assert purged.control.ping(timeout=1, destination=[name_of("second")]) == [], "no remote control"
         assert redis_server.client.llen(EXCLUDED) == 2 and not lines(tmp_path / "excluded")

@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from celery import Celery, Task, bootsteps, signals
+from celery import Task, bootsteps, signals
+from celery.contrib import rdb
 from celery.result import allow_join_result
 from celery.utils.log import get_task_logger
 from celery.worker.autoscale import Autoscaler
@@ -18,6 +19,8 @@ from celery.worker.control import control_command, inspect_command
 from celery.worker.request import Request
 from click import Option
 from kombu import Exchange, Queue
+
+from tests.apps.base import App
 
 KINDS = ("gpu", "cpu")
 MAIN, IMAGES, EXCLUDED = "compat", "compat.images", "compat.excluded"
@@ -35,6 +38,10 @@ class Base(Task):
     tag = "base"
     Request = "tests.apps.compat:NotingRequest"
 
+    def on_success(self, retval, task_id, args, kwargs):
+        if self.request.get("left"):
+            note("left", task_id, self.request.left)
+
 
 def failed(self, exc, task_id, args, kwargs, einfo):
     """An annotation: a handler for every task of the app."""
@@ -48,7 +55,7 @@ class Route:
         return {"queue": IMAGES, "routing_key": "image.large"} if task.endswith(".routed") else None
 
 
-app = Celery("compat", task_cls=Base)
+app = App("compat", task_cls=Base)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_acks_late=True,
@@ -68,6 +75,8 @@ app.conf.update(
     **json.loads(os.environ.get("CELERY_COMPAT", "{}")),
 )
 logger, plain = get_task_logger("compat"), logging.getLogger("plainly")
+if "CELERY_COMPAT_FOLDER" in os.environ:
+    plain.addHandler(logging.FileHandler(FOLDER / "plain.log"))
 
 
 def both(**options):
@@ -75,7 +84,7 @@ def both(**options):
 
     def register(function):
         for kind, mark in zip(KINDS, ({"gpu": True}, {}), strict=True):
-            app.task(name=f"{kind}.{function.__name__}", **mark, **options)(function)
+            app.task(name=f"{kind}.{function.__name__}", shared=False, **mark, **options)(function)
         return function
 
     return register
@@ -215,10 +224,9 @@ def noted_as(_, how):
         time.sleep(60)
 
 
-app.task(name="gpu.early", gpu=True, acks_late=False)(noted_as)
-app.task(name="cpu.early", acks_late=False)(noted_as)
 for _kind, _mark in zip(KINDS, ({"gpu": True}, {}), strict=True):
-    app.task(name=f"{_kind}.kept", acks_on_failure=False, acks_on_timeout=False, **_mark)(noted_as)
+    app.task(name=f"{_kind}.early", shared=False, acks_late=False, **_mark)(noted_as)
+    app.task(name=f"{_kind}.kept", shared=False, acks_on_failure=False, acks_on_timeout=False, **_mark)(noted_as)
 
 
 @both(resultrepr_maxsize=30)
@@ -228,7 +236,7 @@ def long_value():
 
 @both()
 def speaks(text):
-    logger.info("task %s", text)
+    logger.info("task %s", text, extra={"colour": "red"})
     plain.info("plain %s", text)
     print(f"printed {text}")
 
@@ -249,6 +257,11 @@ def runs(name, text):
 
 
 @both(bind=True)
+def leaves(self, value):
+    self.request.left = value
+
+
+@both(bind=True)
 def publishes(self, name):
     """A body that calls a task itself, and waits for it although Celery warns of that."""
     result = app.tasks[name].delay("from a body")
@@ -266,8 +279,28 @@ def parents(self, *_):
 
 @both()
 def debugged():
-    from celery.contrib import rdb  # at the module's top it would talk to an executor's own stdout
-
     value = 20
     rdb.set_trace()
     return value + 1
+
+
+@both()
+def pid():
+    return os.getpid()
+
+
+@both()
+def calls(name):
+    """A body that calls a task as a function."""
+    return [os.getpid(), app.tasks[name]()]
+
+
+@both()
+def errback(request, exc, traceback, name):
+    """The new style of errback, which Celery calls as a function."""
+    note(name, request.id, os.getpid())
+
+
+@both(bind=True)
+def replaced(self, value):
+    return self.replace(app.tasks[self.name.replace("replaced", "same")].s(value))
