@@ -86,11 +86,15 @@ class Site:
         self.worker = Worker(
             folder, "-c", "1", "-n", f"{short}@%h", *options, app=APP, env=env, log=f"{short}.log", ready=False
         )
-        own_log = folder / "root.log"
-        wait_for(lambda: " ready." in self.worker.output + "".join(lines(own_log)), "the worker to be ready")
         self.client = client(environment, **{key: conf[key] for key in SHARED if key in conf})
-        if conf.get("worker_enable_remote_control", True):
-            wait_for(self.answers, "an answer: on Redis a worker is ready before it listens")
+        own_log = folder / "root.log"
+        try:
+            wait_for(lambda: " ready." in self.worker.output + "".join(lines(own_log)), "the worker to be ready")
+            if conf.get("worker_enable_remote_control", True):
+                wait_for(self.answers, "an answer: on Redis a worker is ready before it listens")
+        except BaseException:
+            self.close()
+            raise
 
     def answers(self):
         return self.client.control.ping(destination=[name_of(self.short)], timeout=1, limit=1)
