@@ -6,18 +6,62 @@ grows by one per GPU task held unacknowledged, by Celery's own mechanism for ETA
 
 import math
 import time
+from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import TaskRevokedError
 from celery.utils.functional import maybe_list
 from celery.worker.state import reserved_requests, revoked, revoked_stamps
-from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from bridge.supervisor import GpuRequest
 
 #: Pause between two looks for expired requests, in seconds, at least.
 LOOK_AGAIN_S = 0.05
+
+
+class Slots:
+    """GPU tasks one worker holds at once; requests beyond wait here, in order.
+
+    Like kombu's semaphore, but it starts waiting requests in a loop: when thousands have expired, each start ends at
+    once and gives its slot to the next.
+    """
+
+    def __init__(self, count: int, start: Callable[[Any], None]) -> None:
+        self.count = self.free = count
+        self._start = start
+        self._waiting: deque[Any] = deque()
+        self._is_starting = False
+
+    def take(self, request: Any) -> None:
+        """Start a request, now or when a slot is free."""
+        self._waiting.append(request)
+        self._start_waiting()
+
+    def give(self) -> None:
+        """A slot is free again."""
+        self.free = min(self.count, self.free + 1)
+        self._start_waiting()
+
+    def reset(self, used: int) -> None:
+        """Forget who waits; `used` slots are still taken."""
+        self._waiting.clear()
+        self.free = max(0, self.count - used)
+
+    def _start_waiting(self) -> None:
+        if self._is_starting:
+            return
+        self._is_starting, errors = True, list[Exception]()
+        while self.free and self._waiting:
+            self.free -= 1
+            try:
+                self._start(self._waiting.popleft())
+            except Exception as error:
+                errors.append(error)  # the others start all the same
+        self._is_starting = False
+        if errors:
+            raise errors[0]
 
 
 class HybridConsumer:
@@ -36,7 +80,7 @@ class HybridConsumer:
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
         self._on_cpu_request = on_task_request
-        self._slots = LaxBoundedSemaphore(kwargs["pool"].gpu_slots)
+        self._slots = Slots(kwargs["pool"].gpu_slots, self._start)
         self._held: dict[Any, Any] = {}  # request -> the qos object it has widened
         self._waiting: dict[Any, GpuRequest] = {}  # requests in the driver that no actor has taken
         self._look_due = math.inf  # when expired ones are looked for
@@ -47,7 +91,7 @@ class HybridConsumer:
             self._on_cpu_request(request)
             return
         self._widen(request)
-        self._slots.acquire(self._start, request)
+        self._slots.take(request)
 
     def _start(self, request: Any) -> None:
         """A slot is free: hand the request to the pool, unless it was revoked or has expired meanwhile."""
@@ -73,7 +117,7 @@ class HybridConsumer:
     def _end(self, request: Any) -> None:
         self._waiting.pop(request, None)
         self._narrow(request)
-        self._slots.release()
+        self._slots.give()
 
     def withdraw_revoked(self) -> None:
         """Take back what waits for a GPU and has expired or been revoked meanwhile, by id or by a stamped header.
@@ -136,8 +180,12 @@ class HybridConsumer:
         self._held.clear()
         self._waiting.clear()
         self._look_due = math.inf
-        self._slots.clear()
-        self._slots.value = max(0, self._slots.initial_value - self.pool.gpu.in_flight)
+        self._slots.reset(self.pool.gpu.in_flight)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """The broker gives what has not started to others from now on: the driver hears of it first."""
+        self.pool.gpu.flush_requests()
+        super().on_connection_error_after_connected(exc)  # type: ignore[misc]
 
     def _restore_prefetch_count_after_connection_restart(self, p: Any, *args: Any) -> None:
         """Celery sets the count anew, step by step, to the children's window; GPU tasks' share comes on top."""

@@ -255,6 +255,7 @@ class Driver:
         elif run.task in self._marks:
             self._wait(task)
         else:  # the registry of this process differs from the worker's
+            self._accept(task)
             self._tracing.start(task)
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
@@ -274,7 +275,8 @@ class Driver:
         if task.accepted:
             task.accepted = False
             self._send(messages.Returned(task.run.serial))
-        self._wait(task, alone)
+        task.alone = task.alone or alone
+        self._wait(task, task.alone)
 
     def _schedule(self, event: Event, drop: bool = True) -> None:
         """Tell the scheduler and do what it says; what happens meanwhile is told after that, in order."""
@@ -322,7 +324,7 @@ class Driver:
 
     def _submit(self) -> None:
         """Send calls, and word of them to the worker before: should this process die, it must know what has started."""
-        while self._unsent and self._flush():
+        while self._unsent and self._flush() and not self._stopping:
             self._fleet.submit(*self._unsent.popleft())
 
     def _accept(self, task: TracedTask) -> None:

@@ -405,14 +405,20 @@ class DriverSupervisor:
             case Done(_, result):
                 _call(callbacks["callback"], _without_memory_error(result))
             case Ended(_, einfo):
-                _call(callbacks["error_callback"], _harmless(einfo))
+                self._fail(request, _harmless(einfo))
             case TimedOut(_, limit_s):
                 _call(callbacks["timeout_callback"], False, limit_s)
             case Unreadable(_, reason):
-                _call(callbacks["error_callback"], _einfo(RuntimeError(f"the outcome could not be read: {reason}")))
+                self._fail(request, _einfo(RuntimeError(f"the outcome could not be read: {reason}")))
         wanted_back = isinstance(message, Flushed) and request.on_given_back
         _call(wanted_back or request.on_end)
         self._end_if_finished()
+
+    def _fail(self, request: GpuRequest, einfo: Any) -> None:
+        """Celery acknowledges early what was accepted, so what fails without having started is accepted first."""
+        if not request.announced and not request.cancelled:
+            _call(request.callbacks["accept_callback"], self.pid, time.monotonic())
+        _call(request.callbacks["error_callback"], einfo)
 
     def _on_accepted(self, request: GpuRequest, at: float) -> None:
         request.accepted = True
@@ -457,7 +463,7 @@ class DriverSupervisor:
         for request in lost:
             del self._requests[request.run.serial]
             error = WorkerLostError(f"the GPU driver (pid {self._process.pid}) ended with exit code {code}")
-            _call(request.callbacks["error_callback"], _einfo(error))
+            self._fail(request, _einfo(error))
             _call(request.on_end)
         for request in list(self._requests.values()):
             request.is_sent = False

@@ -34,6 +34,7 @@ class TracedTask:
 
     __slots__ = (
         "accepted",
+        "alone",
         "announced",
         "attempt",
         "cancelled",
@@ -54,6 +55,7 @@ class TracedTask:
         self.payload: bytes | None = None  # set while `forward` waits for the outcome
         self.accepted = False  # its call is with an actor
         self.announced = run.announced  # the worker has been told so, by this driver or an earlier one
+        self.alone = False  # it was running when an executor died, alone or with others: it shares no run any more
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
         self.crashes = self.losses = 0

@@ -256,7 +256,7 @@ def revoked():
 
 
 def test_a_request_revoked_while_it_waits_is_wanted_back_and_looked_at_again(consumer, revoked):
-    consumer._slots.initial_value = consumer._slots.value = 4
+    consumer._slots.count = consumer._slots.free = 4
     other, by_id, by_stamp, running = requests = [Request() for _ in range(4)]
     by_stamp.stamped_headers = other.stamped_headers = ["house"]
     by_stamp.stamps, other.stamps = {"house": ["six", "seven"]}, {"house": "eight"}
@@ -270,7 +270,7 @@ def test_a_request_revoked_while_it_waits_is_wanted_back_and_looked_at_again(con
     by_id.error = TaskRevokedError()  # Celery has announced it
     by_id.handle.wanted_back()
     by_stamp.handle.wanted_back()
-    assert by_id not in consumer._waiting and consumer._slots.value == 1
+    assert by_id not in consumer._waiting and consumer._slots.free == 1
     assert by_stamp.starts == 2 and consumer._waiting[by_stamp] is by_stamp.handle
 
 
@@ -288,7 +288,7 @@ def test_expiry_is_looked_at_again_when_it_is_due(consumer, zone):
 
 
 def test_one_timer_serves_all_that_expire(consumer):
-    consumer._slots.initial_value = consumer._slots.value = 1000
+    consumer._slots.count = consumer._slots.free = 1000
     now = datetime.now(UTC)
     requests = [Request(expires=now + timedelta(seconds=60 + n)) for n in range(500)]
     for request in requests:
@@ -353,3 +353,25 @@ def test_the_limit_of_eta_tasks_is_not_one_of_gpu_tasks(consumer):
     consumer.qos.value = 0
     consumer.on_task_request(Request())
     assert consumer.qos.value == 0, "no limit"
+
+
+def test_thousands_that_expired_while_they_waited_for_a_slot_end_one_after_the_other(consumer):
+    consumer._slots.count = consumer._slots.free = 1
+    running = Request()
+    consumer.on_task_request(running)
+    expired = [Request(error=TaskRevokedError()) for _ in range(5000)]
+    last = Request()
+    for request in [*expired, last]:
+        consumer.on_task_request(request)
+    running.end()
+    assert last.handle is not None and consumer._slots.free == 0
+
+
+def test_a_request_that_cannot_start_keeps_no_other_from_it(consumer):
+    consumer._slots.count = consumer._slots.free = 1
+    running, broken, fine = Request(), Request(error=ValueError("odd")), Request()
+    for request in (running, broken, fine):
+        consumer.on_task_request(request)
+    with pytest.raises(ValueError, match="odd"):
+        running.end()
+    assert fine.handle is not None

@@ -6,8 +6,8 @@ import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
 from bridge import supervisor as module
-from bridge.link import Accepted, Done, Flush, Flushed, Link, Returned, Run, SoftLimited, Stop, Withdraw
-from bridge.supervisor import DriverSupervisor
+from bridge.link import Accepted, Done, Ended, Flush, Flushed, Link, Returned, Run, SoftLimited, Stop, Withdraw
+from bridge.supervisor import DriverSupervisor, _einfo
 
 
 class Hub:
@@ -254,3 +254,15 @@ def test_a_driver_that_lets_a_hard_limit_pass_and_is_silent_is_ended(lab, monkey
     timers = len(lab.hub.later)
     lab.supervisor._enforce(1)
     assert len(lab.hub.later) == timers, "the timer of before a reconnect ends by itself"
+
+
+def test_what_fails_without_having_started_is_accepted_first(lab):
+    """Celery acknowledges a task early when it is accepted: else its message would come again after the failure."""
+    request = lab.send("odd")
+    lab.say(Ended(serial(request), _einfo(ValueError("odd"))))
+    assert lab.said() == [("odd", each) for each in ("accept_callback", "error_callback", "end")]
+    waiting = lab.send("waiting")
+    for _ in range(module.MAX_LOST):
+        lab.die()
+    assert lab.said() == [("waiting", each) for each in ("accept_callback", "error_callback", "end")]
+    assert waiting.run.lost == module.MAX_LOST
