@@ -345,9 +345,11 @@ class Driver:
         self._answer(task, messages.Ended(task.run.serial, einfo))
 
     def _give_back(self, task: TracedTask) -> None:
-        """To the worker, if it has not started."""
-        if not task.announced:
+        """To the worker, unless it runs or the broker has it no more: it never started, or is late and came back."""
+        acks_late = getattr(self._app.tasks.get(task.run.task), "acks_late", False)
+        if not task.accepted and (acks_late or not task.announced):
             self._schedule(TaskCancelled(task.token), drop=False)
+            self._tracing.stop(task)
             self._answer(task, messages.Flushed(task.run.serial))
 
     def _answer(self, task: TracedTask, message: Any) -> None:

@@ -243,3 +243,18 @@ def test_what_an_earlier_driver_has_announced_is_not_given_back(lab):
     lab.driver._flush()
     flushed = [message.serial for message in lab.link.receive() if isinstance(message, link.Flushed)]
     assert flushed == [first], "the broker may not have the other any more"
+
+
+def test_a_late_task_that_came_back_from_its_actor_is_given_back(lab):
+    """Neither running nor acknowledged: at shutdown with the cluster gone it must not hold the worker."""
+    lab.app.tasks["lab.echo"].acks_late = True
+    call = shared_call(lab, 1)
+    lab.event(Replied(call.id, None, "the actor died"))
+    lab.driver._flush()
+    lab.link.receive()
+    lab.link.send(link.Flush())
+    lab.link.flush()
+    lab.driver._read_link()
+    lab.driver._flush()
+    assert [type(message) for message in lab.link.receive()] == [link.Flushed]
+    assert not lab.driver._tasks
