@@ -185,7 +185,14 @@ class HybridConsumer:
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The broker gives what has not started to others from now on: the driver hears of it first."""
         self.pool.gpu.flush_requests()
-        super().on_connection_error_after_connected(exc)  # type: ignore[misc]
+        try:
+            super().on_connection_error_after_connected(exc)  # type: ignore[misc]
+        except AttributeError:
+            # kombu 5.7: closing a Redis connection that is gone while messages are in hand asks it for its host name.
+            # That would end the worker. Celery has forgotten the connection by then: the second time nothing is closed.
+            if self.connection is not None:
+                raise
+            super().on_connection_error_after_connected(exc)  # type: ignore[misc]
 
     def _restore_prefetch_count_after_connection_restart(self, p: Any, *args: Any) -> None:
         """Celery sets the count anew, step by step, to the children's window; GPU tasks' share comes on top."""

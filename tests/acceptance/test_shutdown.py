@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
+from tests.support.promise import forget_results
 from tests.support.services import RedisServer, Worker, wait_for
 
 GET = {"timeout": 90}
@@ -176,6 +177,7 @@ def test_the_broker_goes_and_comes_back(start, redis_server, tmp_path):
         assert all(result.state == "PENDING" for result in waiting)
         assert worker.stop() == 0
     finally:
+        forget_results(client)
         client.close()
         server.client.close()
         server.kill_group()

@@ -99,6 +99,8 @@ class Amqp:
 class BaseConsumer:
     qos_global = False
     connection = Connection
+    close_error = error_before_closing = None
+    losses = 0
 
     def __init__(self, on_task_request, pool):
         self.on_task_request = on_task_request
@@ -109,6 +111,14 @@ class BaseConsumer:
 
     def on_close(self):
         self.closed += 1
+
+    def on_connection_error_after_connected(self, exc):
+        self.losses += 1
+        if self.error_before_closing:
+            raise self.error_before_closing
+        connection, self.connection = self.connection, None
+        if connection and self.close_error:
+            raise self.close_error
 
     def cancel_active_requests(self):
         assert self.pool.gpu.reads == 1, "what has finished must be heard before anything is cancelled"
@@ -322,6 +332,16 @@ def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(cons
         fire()
     consumer.withdraw_revoked()
     assert [request.handle.wanted_back for request in (ended, started, dropped)] == [None, None, None]
+
+
+def test_a_lost_connection_that_cannot_be_closed_does_not_end_the_worker(consumer):
+    """kombu's `'NoneType' object has no attribute 'hostname'` when Redis is gone and messages are in hand."""
+    consumer.close_error = AttributeError("'NoneType' object has no attribute 'hostname'")
+    consumer.on_connection_error_after_connected(OSError("gone"))
+    assert (consumer.connection, consumer.losses, consumer.pool.gpu.flushes) == (None, 2, 1)
+    consumer.connection, consumer.error_before_closing = Connection, AttributeError("another")
+    with pytest.raises(AttributeError, match="another"):
+        consumer.on_connection_error_after_connected(OSError("gone"))
 
 
 def test_what_has_finished_is_heard_before_active_requests_are_cancelled(consumer):
