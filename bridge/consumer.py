@@ -83,6 +83,7 @@ class HybridConsumer:
         self._slots = Slots(kwargs["pool"].gpu_slots, self._start)
         self._held: dict[Any, Any] = {}  # request -> the qos object it has widened
         self._waiting: dict[Any, GpuRequest] = {}  # requests in the driver that no actor has taken
+        self._in_hand: set[Any] = set()  # requests with a slot
         self._look_due = math.inf  # when expired ones are looked for
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
@@ -105,6 +106,7 @@ class HybridConsumer:
         else:
             handle.on_accepted = lambda: self._accepted(request)
             handle.on_end = lambda: self._end(request)
+            self._in_hand.add(request)
             self._waiting[request] = handle
             if request.expires:
                 self._look_at(time.monotonic() + _seconds_until(request.expires))
@@ -115,6 +117,7 @@ class HybridConsumer:
             self._narrow(request)
 
     def _end(self, request: Any) -> None:
+        self._in_hand.discard(request)
         self._waiting.pop(request, None)
         self._narrow(request)
         self._slots.give()
@@ -185,6 +188,8 @@ class HybridConsumer:
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The broker gives what has not started to others from now on: the driver hears of it first."""
         self.pool.gpu.flush_requests()
+        for request in self._in_hand:  # nobody takes their acknowledgement any more, and kombu's Redis chokes on it
+            request._on_ack = request._on_reject = _ignore
         try:
             super().on_connection_error_after_connected(exc)  # type: ignore[misc]
         except AttributeError:
@@ -235,6 +240,10 @@ class HybridAutoscaler:
     def qty(self) -> int:
         """CPU tasks reserved."""
         return sum(not self.pool.is_gpu(request) for request in tuple(reserved_requests))
+
+
+def _ignore(*_: Any) -> None:
+    pass
 
 
 def _shift(qos: Any, change: int) -> None:

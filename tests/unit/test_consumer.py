@@ -336,9 +336,13 @@ def test_expiry_of_what_has_ended_or_started_or_was_dropped_changes_nothing(cons
 
 def test_a_lost_connection_that_cannot_be_closed_does_not_end_the_worker(consumer):
     """kombu's `'NoneType' object has no attribute 'hostname'` when Redis is gone and messages are in hand."""
+    running = Request()
+    consumer.on_task_request(running)
+    running.accept()
     consumer.close_error = AttributeError("'NoneType' object has no attribute 'hostname'")
     consumer.on_connection_error_after_connected(OSError("gone"))
     assert (consumer.connection, consumer.losses, consumer.pool.gpu.flushes) == (None, 2, 1)
+    running._on_ack("logger", "errors")  # the same error would come from there, and end the worker a second time
     consumer.connection, consumer.error_before_closing = Connection, AttributeError("another")
     with pytest.raises(AttributeError, match="another"):
         consumer.on_connection_error_after_connected(OSError("gone"))
