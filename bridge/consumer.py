@@ -53,13 +53,15 @@ class Slots:
         if self._is_starting:
             return
         self._is_starting, errors = True, list[Exception]()
-        while self.free and self._waiting:
-            self.free -= 1
-            try:
-                self._start(self._waiting.popleft())
-            except Exception as error:
-                errors.append(error)  # the others start all the same
-        self._is_starting = False
+        try:
+            while self.free and self._waiting:
+                self.free -= 1
+                try:
+                    self._start(self._waiting.popleft())
+                except Exception as error:
+                    errors.append(error)  # the others start all the same
+        finally:  # also when a signal ends this: nothing would ever start again
+            self._is_starting = False
         if errors:
             raise errors[0]
 
@@ -180,6 +182,7 @@ class HybridConsumer:
         super().on_close()  # type: ignore[misc]
         if self.connection is None:  # at shutdown it is still there
             self.pool.gpu.flush_requests()
+            self._in_hand -= self._waiting.keys()  # flushed: nobody will say that they have ended
         self._held.clear()
         self._waiting.clear()
         self._look_due = math.inf

@@ -174,10 +174,11 @@ def test_expires_behind_a_long_body(send, kind, held, settled, tmp_path):
     ran = tmp_path / "ran"
     release = held()
     late = [send("notes", "late", str(ran), expires=0.5) for _ in range(3)]
+    due = time.monotonic() + 0.5
     patient = send("notes", "patient", str(ran), expires=3600)
     if kind == "gpu":
         wait_for(lambda: all(result.state == "REVOKED" for result in late), "REVOKED")
-    time.sleep(0.6)  # for a child's: it is looked at when the child is free
+    wait_for(lambda: time.monotonic() > due, "their time to be over: a child's are looked at when the child is free")
     release()
     assert patient.get(**GET) == "patient"
     wait_for(lambda: all(result.state == "REVOKED" for result in late), "REVOKED")
@@ -199,10 +200,13 @@ def test_time_limits_of_a_call(worker, send, kind):
         worker.says(f"{text} exceeded for {kind}.naps[{result.id}]")
 
 
-def test_time_limits_count_from_the_bodys_start(send, held):
+def test_time_limits_count_from_the_bodys_start(worker, send, held):
     release = held()
     waiting = [send("naps", 0, time_limit=0.5), send("naps", 0, soft_time_limit=0.5)]
-    time.sleep(1)  # longer than the limits
+    for result in waiting:
+        worker.says(f"[{result.id}] received")
+    due = time.monotonic() + 0.5
+    wait_for(lambda: time.monotonic() > due, "their limits to be over, had they counted while they waited")
     release()
     assert [result.get(**GET) for result in waiting] == ["slept", "slept"]
 

@@ -225,6 +225,7 @@ def test_after_a_lost_connection_what_waited_is_forgotten_and_what_runs_keeps_it
     consumer.on_close()
     consumer.connection = connection
     assert consumer.pool.gpu.flushes == 1
+    assert consumer._in_hand == {running}, "what was flushed is forgotten"
     assert consumer.closed == 1
     old, consumer.qos = consumer.qos, Qos()
     new = [Request() for _ in range(2)]
@@ -389,6 +390,16 @@ def test_thousands_that_expired_while_they_waited_for_a_slot_end_one_after_the_o
         consumer.on_task_request(request)
     running.end()
     assert last.handle is not None and consumer._slots.free == 0
+
+
+def test_a_signal_that_ends_a_start_does_not_end_all_later_ones(consumer):
+    consumer._slots.count = consumer._slots.free = 1
+    with pytest.raises(SystemExit):
+        consumer.on_task_request(Request(error=SystemExit()))
+    consumer._slots.give()
+    fine = Request()
+    consumer.on_task_request(fine)
+    assert fine.handle is not None
 
 
 def test_a_request_that_cannot_start_keeps_no_other_from_it(consumer):
