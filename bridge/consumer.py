@@ -77,7 +77,6 @@ class HybridConsumer:
     controller: Any
     task_consumer: Any
     timer: Any
-    prefetch_multiplier: int
     _maximum_prefetch_restored: bool
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
