@@ -143,7 +143,10 @@ def test_a_retry_that_celery_refuses_raises_what_celery_raises():
 
 
 def test_logs_are_logged_here_whatever_the_outcome(caplog):
-    lines = (LogLine(logging.INFO, "shop.images", "100 % done %s", False), LogLine(logging.ERROR, "resolve.of_task", "hot", True))
+    lines = (
+        LogLine(logging.INFO, "shop.images", "100 % done %s", False),
+        LogLine(logging.ERROR, "resolve.of_task", "hot", True),  # its logger stays a task logger in this process
+    )
     with caplog.at_level(logging.INFO):
         resolve(Task(), succeeded(1, logs=lines))
         raised(failed(logs=lines))
