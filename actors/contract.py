@@ -9,8 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 2
-
+PROTOCOL = 3
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -64,6 +63,7 @@ class FailureKind(StrEnum):
     UNSURE = "unsure"  # lost through no fault of its own while it ran, or may have run: again only if it may run twice
     UNKNOWN_TASK = "unknown task"
     NOT_SENDABLE = "not sendable"  # the value cannot be pickled
+    NO_ROOM = "no room"  # it has not started: less device memory is free than it asks for
 
 
 class LogLine(NamedTuple):
@@ -145,6 +145,15 @@ class ActorState(StrEnum):
     DRAINING = "draining"  # it takes no new calls and ends when what it has is delivered
 
 
+class DeviceState(NamedTuple):
+    """What an executor holds on its device; bytes, 0 where unknown."""
+
+    memory_used: int  # of the device, by all processes
+    memory_total: int
+    memory_free: int  # what the next body could have: free on the device and in the pool, and below the pool's limit
+    residents: dict[str, int]  # name -> bytes
+
+
 class Health(NamedTuple):
     """An actor's own account of itself."""
 
@@ -168,6 +177,11 @@ class Health(NamedTuple):
     by_task: dict[str, dict[str, float]]  # name -> tasks, runs, mean_s
     memory_used_bytes: int
     memory_total_bytes: int
+    memory_free_bytes: int  # what the next body could have, as last heard
+    residents: dict[str, int]  # name -> bytes on the device
+    warm_for: tuple[str, ...]  # names of tasks that use residents, all of which are on the device
+    accelerator: str  # the node's accelerator type as Ray names it, such as H100; "" where unknown
+    share: float  # of one GPU that the actor reserves
 
 
 # Between actor and executor, over their pipe.
@@ -196,6 +210,7 @@ class Config(NamedTuple):
     memory_limit: str  # of CuPy's pool, as CUPY_GPU_MEMORY_LIMIT takes it
     log_level: int
     log_limit_bytes: int
+    resident_limit: str  # of residents, in bytes or as a share of the device's memory
 
 
 class Step(NamedTuple):
@@ -230,8 +245,8 @@ class Asked(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The call has ended; memory in bytes, 0 where unknown."""
+    """The call has ended; `touched` are the residents that each task's body has used, by the task's name."""
 
     call: str
-    memory_used: int
-    memory_total: int
+    device: DeviceState
+    touched: dict[str, tuple[str, ...]]

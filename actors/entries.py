@@ -1,5 +1,6 @@
 """A call while the actor has it: what is still to run, what has finished, who waits."""
 
+import math
 import pickle
 import threading
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ class Limits(NamedTuple):
     lease_s: float  # queued tasks of a driver not heard of for this long are dropped
     keep_warm_s: float  # without any driver for this long the actor ends
     grace_s: float  # from a cancelled body's interrupt to the end of its executor
+    keep_idle_s: float = math.inf  # after this long without a task the actor ends, drivers or not
+    share: float = 1.0  # of one GPU that the actor reserves
 
 
 class Entry:

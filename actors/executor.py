@@ -29,6 +29,7 @@ from actors.contract import (
     Bell,
     Call,
     Config,
+    DeviceState,
     Done,
     Failed,
     FailureKind,
@@ -100,7 +101,8 @@ class Executor:
             except EOFError:
                 return
             self._run_call(call)
-            self._say(Done(call.id, *self._device.memory()))
+            used, total = self._device.memory()
+            self._say(Done(call.id, DeviceState(used, total, max(0, total - used), {}), {}))
 
     def _run_examples(self) -> None:
         for task in self._tasks.values():

@@ -24,6 +24,7 @@ from actors.contract import (
     Busy,
     Call,
     Config,
+    DeviceState,
     Done,
     FailureKind,
     Health,
@@ -52,8 +53,9 @@ RESEND_S = 0.02
 class ActorShell:
     """What a GPU actor does; thread-safe. `on_abandoned` is called once when no driver wants the actor any more."""
 
-    def __init__(self, slot: int, limits: Limits, on_abandoned: Callable[[], None]) -> None:
+    def __init__(self, slot: int, limits: Limits, on_abandoned: Callable[[], None], accelerator: str = "") -> None:
         self._slot = slot
+        self._accelerator = accelerator
         self._limits = limits
         self._on_abandoned = on_abandoned
         self._lock = threading.RLock()
@@ -74,7 +76,7 @@ class ActorShell:
         self._interrupted: dict[int, float] = {}  # serial of the running body -> when last signalled
         self._tally = Tally()
         self._generation = 0
-        self._memory = (0, 0)
+        self._device = DeviceState(0, 0, 0, {})
         self._heard_at = self._replied_at = time.monotonic()
         self._closing = False
         self._wake_read, self._wake_write = os.pipe()
@@ -315,7 +317,7 @@ class ActorShell:
             entry.ask(message.token, message.wishes)
         self._take(entry, child, [message] if is_outcome(message) else [])
         if isinstance(message, Done):
-            self._memory = message.memory_used, message.memory_total
+            self._device = message.device
             self._finish_call(child)
 
     def _read_rest(self, child: Child) -> None:
@@ -503,8 +505,13 @@ class ActorShell:
             queued=sum(len(entry.todo) for entry in self._queue),
             running=self._running_name(),
             by_task=self._tally.by_task(),
-            memory_used_bytes=self._memory[0],
-            memory_total_bytes=self._memory[1],
+            memory_used_bytes=self._device.memory_used,
+            memory_total_bytes=self._device.memory_total,
+            memory_free_bytes=self._device.memory_free,
+            residents=self._device.residents,
+            warm_for=(),
+            accelerator=self._accelerator,
+            share=self._limits.share,
         )
 
     def _running_name(self) -> str:

@@ -439,7 +439,7 @@ class Driver:
         match judge(outcome.kind, standing):
             case Verdict.RESUME:
                 self._tracing.resume(task, outcome)
-            case Verdict.AGAIN:
+            case Verdict.AGAIN | Verdict.AGAIN_LATER:
                 self._again(task, alone=False)
             case Verdict.AGAIN_ALONE:
                 self._again(task, alone=True)

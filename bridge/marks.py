@@ -28,7 +28,26 @@ class Gpu(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    memory: ByteSize | None = Field(default=None, description="device memory the body needs, in bytes or as '2GiB'")
+    memory: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="device memory the body needs, in bytes or as '2GiB'; it starts when so much is free",
+    )
+    streams: int = Field(
+        default=1,
+        ge=1,
+        le=32,
+        description="so many bodies of this task may be in flight at once, each on a CUDA stream",
+    )
+    share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="of one GPU; actors reserve the largest share that any task of the app needs",
+    )
+    accelerator: str | None = Field(
+        default=None, min_length=1, description="GPU model the body needs, as Ray names it: 'H100', 'A100', 'L4'"
+    )
     max_crashes: int | None = Field(
         default=None,
         ge=1,

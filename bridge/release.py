@@ -33,6 +33,7 @@ def make_config(app: Any, tasks: Iterable[str], settings: Settings) -> Config:
         memory_limit=settings.gpu_memory_limit,
         log_level=logging.getLogger().level or logging.WARNING,
         log_limit_bytes=settings.log_limit_bytes,
+        resident_limit=settings.resident_limit,
     )
 
 

@@ -36,6 +36,19 @@ class Settings(BaseSettings):
     )
     max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
     gpu_memory_limit: str = Field("90%", description="limit of CuPy's memory pool: bytes, or a share such as 90%")
+    resident_limit: str = Field(
+        "50%", description="what residents may hold on a device together: bytes such as 8GiB, or a share such as 50%"
+    )
+    min_actors: int | None = Field(
+        None, ge=0, description="actors that stay although nothing is to do; default one for each GPU of the cluster"
+    )
+    max_actors: int | None = Field(
+        None,
+        ge=1,
+        description="actors at most, also of GPUs that Ray's autoscaler is to bring; default one for each GPU there is",
+    )
+    keep_idle_s: float = Field(300.0, gt=0, description="actors above the minimum end after this long without a task")
+    drivers: int = Field(1, ge=1, le=64, description="driver processes of one worker; more for hosts with many cores")
     actor_cpus: float = Field(1.0, ge=0, description="CPUs each GPU actor reserves in Ray")
     environment: list[str] = Field(
         [],
@@ -61,6 +74,9 @@ class Settings(BaseSettings):
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
     call_tasks: int = Field(256, ge=1, le=4096, description="tasks in one shared call, at most; a batch may be larger")
+    starve_after_s: float = Field(
+        10.0, gt=0, description="a task that has waited this long goes before all others, whatever their priority"
+    )
     calls_outstanding: int = Field(2, ge=1, le=4, description="calls per driver and actor not answered yet, at most")
 
     # sizes

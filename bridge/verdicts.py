@@ -18,6 +18,7 @@ class Verdict(Enum):
 
     RESUME = auto()  # its tracer gets the outcome: it is the body's own
     AGAIN = auto()  # it waits for another run
+    AGAIN_LATER = auto()  # it waits until an actor has more memory free
     AGAIN_ALONE = auto()  # the same, sharing its run with nobody
     WORKER_LOST = auto()  # Celery's rules for a lost worker: fail, retry or give back to the broker
     POISONED = auto()  # TaskPoisoned: it has ended too many executors
@@ -52,6 +53,8 @@ def judge(kind: FailureKind, task: Standing) -> Verdict:
             return Verdict.CANCELLED
         case FailureKind.CRASHED | FailureKind.SUSPECT | FailureKind.LOST | FailureKind.UNSURE if task.cancelled:
             return Verdict.CANCELLED
+        case FailureKind.NO_ROOM:
+            return Verdict.CANCELLED if task.cancelled else Verdict.AGAIN_LATER
         case FailureKind.EXITED:  # a prefork child would have ended, and nobody would run the task again
             return Verdict.WORKER_LOST
         case FailureKind.CRASHED:

@@ -61,7 +61,7 @@ def shell(tmp_path_factory):
     names = tuple(f"g.{name}" for name in ("sum", "module", "fill", "out_of_bounds", "scalars", "squares"))
     release = Release("gpu", "gpuapp:app", "", (str(folder),), str(folder), (), names, ())
     shell = ActorShell(0, Limits(65_536, 4096, 0.02, 600.0, 600.0, 5.0), on_abandoned=lambda: None)
-    shell.hello("test", "", Config(release, "cuda", "90%", 30, 65_536))
+    shell.hello("test", "", Config(release, "cuda", "90%", 30, 65_536, "50%"))
     wait_for(lambda: shell.health("test", "gpu").state == "ready", "the executor to be warm", 180)
     yield shell
     shell.close()

@@ -52,7 +52,7 @@ class Lab:
         release = Release("r", "lab:app", "", (), "", (), tuple(marks), ())
         ours, theirs = socket.socketpair()
         self.link = link.Link(ours)
-        self.driver = Driver(self.app, theirs, marks, Config(release, "cpu", "90%", 30, 1000), "", True)
+        self.driver = Driver(self.app, theirs, marks, Config(release, "cpu", "90%", 30, 1000, "50%"), "", True)
         prepare(self.app, marks, self.driver.forward, False)
         from celery.app.trace import build_tracer, setup_worker_optimizations
 

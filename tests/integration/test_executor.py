@@ -430,7 +430,15 @@ def make_config(folder, name="one", module="bodies", tasks=TASKS, includes=(), *
         environment=(),
     )  # fmt: skip
     return Config(
-        release, **{"device": "cpu", "memory_limit": "90%", "log_level": 30, "log_limit_bytes": 4096, **options}
+        release,
+        **{
+            "device": "cpu",
+            "memory_limit": "90%",
+            "log_level": 30,
+            "log_limit_bytes": 4096,
+            "resident_limit": "50%",
+            **options,
+        },
     )
 
 
