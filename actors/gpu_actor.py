@@ -12,6 +12,8 @@ from actors.shell import ActorShell
 
 #: Call threads: two calls and two collects of each driver that shares the actor, with room; threads are cheap.
 CALL_THREADS = 64
+#: Ray's resource that names the GPU model of a node.
+_ACCELERATOR = "accelerator_type:"
 
 
 @ray.remote(concurrency_groups={"control": 4})
@@ -19,7 +21,7 @@ class GpuActor:
     """One GPU: calls in, outcomes out; control methods answer while bodies run."""
 
     def __init__(self, slot: int, limits: Limits) -> None:
-        self._shell = ActorShell(slot, limits, on_abandoned=self._end)
+        self._shell = ActorShell(slot, limits, self._end, accelerator_here())
 
     def run(self, call: Call) -> Reply | Busy:
         """See `ActorShell.run`."""
@@ -59,15 +61,23 @@ class GpuActor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def options(name: str, namespace: str, num_cpus: float) -> dict[str, object]:
+def accelerator_here() -> str:
+    """The GPU model of this node as Ray names it; "" where it does not know one."""
+    here = ray.get_runtime_context().get_node_id()
+    resources: list[str] = [key for node in ray.nodes() if node["NodeID"] == here for key in node["Resources"]]
+    return next((key.removeprefix(_ACCELERATOR) for key in resources if key.startswith(_ACCELERATOR)), "")
+
+
+def options(name: str, namespace: str, num_cpus: float, num_gpus: float, accelerator: str | None) -> dict[str, object]:
     """How the actor is created: whoever comes first creates it, all others find it."""
     return {
         "name": name,
         "namespace": namespace,
         "lifetime": "detached",
         "get_if_exists": True,
-        "num_gpus": 1,
+        "num_gpus": num_gpus,
         "num_cpus": num_cpus,
+        "accelerator_type": accelerator,
         "max_restarts": -1,
         "max_task_retries": 0,  # running again is decided by blame, not by Ray
         "max_concurrency": CALL_THREADS,

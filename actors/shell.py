@@ -77,7 +77,7 @@ class ActorShell:
         self._tally = Tally()
         self._generation = 0
         self._device = DeviceState(0, 0, 0, {})
-        self._heard_at = self._replied_at = time.monotonic()
+        self._heard_at = self._replied_at = self._worked_at = time.monotonic()
         self._closing = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -200,6 +200,7 @@ class ActorShell:
     def _loop(self) -> None:
         while True:
             with self._lock:
+                self._end_if_idle()
                 if self._is_over():
                     break
                 self._start_children()
@@ -224,6 +225,11 @@ class ActorShell:
         idle = not self._entries and not self._large and time.monotonic() - self._replied_at > REPLY_LEAVES_S
         unwanted = time.monotonic() - self._heard_at > self._limits.keep_warm_s
         return idle and (self._closing or unwanted)
+
+    def _end_if_idle(self) -> None:
+        """An actor beyond those that always stay gives its GPU back: it takes no new calls and ends."""
+        if not self._entries and time.monotonic() - self._worked_at > self._limits.keep_idle_s:
+            self._closing = True
 
     def _start_children(self) -> None:
         wanted = dict.fromkeys(self._next_releases())
@@ -463,6 +469,7 @@ class ActorShell:
         answers = entry.deliver(self._limits.inline_bytes, self._running_tokens(entry), self._large)
         if entry.is_delivered:
             self._entries.pop(entry.call.id, None)
+            self._worked_at = time.monotonic()
         return Reply(answers, self._queue_s())
 
     def _running_tokens(self, entry: Entry) -> frozenset[str]:

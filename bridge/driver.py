@@ -23,7 +23,6 @@ from billiard.pool import MaybeEncodingError
 from celery.concurrency.prefork import process_destructor, process_initializer
 
 from actors.contract import (
-    ActorState,
     Answer,
     Busy,
     Call,
@@ -41,13 +40,23 @@ from actors.contract import (
 )
 from bridge import link as messages
 from bridge.auth import use_token
-from bridge.errors import BridgeError, ClusterUnavailable, MessageInvalid, StartupError, TaskPoisoned
+from bridge.errors import (
+    BridgeError,
+    ClusterUnavailable,
+    GpuOutOfMemory,
+    MessageInvalid,
+    NoSuitableGpu,
+    StartupError,
+    TaskPoisoned,
+)
+from bridge.lines import TaskRule
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
+from bridge.places import needs
+from bridge.roster import Alarm, Roster
 from bridge.scheduler import (
-    ActorLost,
-    ActorReady,
-    BatchRule,
+    ActorBusy,
+    ActorShort,
     Drop,
     Event,
     Interrupt,
@@ -71,6 +80,9 @@ EXIT_CLUSTER_LOST = 75
 EXIT_NOT_STARTED = 76
 #: The worker hears of the driver at least this often, in seconds; silence means that it is stuck.
 REPORT_S = 5.0
+#: How often it is looked whether tasks wait in vain, in seconds; and from when on waiting calls for more actors.
+LOOK_S = 0.25
+GROW_AFTER_S = 0.5
 #: How a task is cancelled by signals that mean something to a prefork child; any other interrupts its body.
 _BY_SIGNAL: dict[int, Reason] = {signal.SIGUSR1: Reason.SOFT_LIMIT, signal.SIGKILL: Reason.KILL}
 #: What a lost task's error says beyond how the process ended.
@@ -100,27 +112,26 @@ class Driver:
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
         self._unsent: deque[tuple[int, Call]] = deque()  # calls whose `Accepted` the link has not taken yet
         self._fetching: dict[str, int] = {}  # token of a large outcome on its way -> its actor
-        self._ready: set[int] = set()
-        self._unready_since = time.monotonic()
-        self._reported_at = 0.0
-        self._report: dict[str, Any] = {"driver": os.getpid(), "driver_id": self.id, "actors": {}}
+        self._finished: list[tuple[TracedTask, Succeeded]] = []  # outcomes their tracers have not seen yet
+        self._roster = Roster(self.id)
+        self._report_alarm, self._look_alarm = Alarm(REPORT_S), Alarm(LOOK_S)
+        self._warned: set[str] = set()  # names of tasks that wait for a GPU there is none of
         self._wake_at: float | None = None
         self._stopping = False
-        self._events: deque[tuple[Event, bool]] = deque()
-        self._scheduling = False
+        self._events: list[Event] = []  # not told to the scheduler yet
+        self._quiet: set[str] = set()  # tokens that are cancelled in the scheduler only
         self._inbox: deque[Any] = deque()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         s = self._settings
-        batches = {name: BatchRule(m.batch.max_size, m.batch.max_wait_s) for name, m in marks.items() if m.batch}
-        rules = Rules(s.call_budget_s, s.call_gap_s, s.call_tasks, s.calls_outstanding)
-        self._scheduler = Scheduler(rules, batches)
+        rules = Rules(s.call_budget_s, s.call_gap_s, s.call_tasks, s.calls_outstanding, s.starve_after_s)
+        self._scheduler = Scheduler(rules, {name: rule_of(mark) for name, mark in marks.items()})
         use_token()
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
         namespace = s.namespace or f"bridge-{app.main or 'app'}"
         self._config = config
-        self._fleet = Fleet(s, namespace, self.id, supersedes, self._config)
+        self._fleet = Fleet(s, namespace, self.id, supersedes, self._config, needs(marks.values()))
 
     # ---- the loop
 
@@ -140,11 +151,12 @@ class Driver:
             code = self._handle_inbox()
             if self._wake_at is not None and time.monotonic() >= self._wake_at:
                 self._wake_at = None
-                self._schedule(Tick())
-            self._give_up_waiting()
-            if time.monotonic() - self._reported_at > REPORT_S:
+                self._events.append(Tick())
+            if self._look_alarm.is_due():
+                self._look_at_waiting()
+            if self._report_alarm.is_due():
                 self._send_report()
-            self._submit()
+            self._turn()
             written = self._flush()
             if written is waiting_to_write:
                 waiting_to_write = not written
@@ -191,7 +203,7 @@ class Driver:
                     if serial in self._tasks:
                         self._tasks[serial].cancelled = True
                         self._tasks[serial].how = _BY_SIGNAL.get(signum, Reason.CANCEL)
-                        self._schedule(TaskCancelled(self._tasks[serial].token))
+                        self._events.append(TaskCancelled(self._tasks[serial].token))
                 case messages.Withdraw(serial):
                     if serial in self._tasks:
                         self._give_back(self._tasks[serial])
@@ -205,9 +217,21 @@ class Driver:
                 case messages.Unreadable(serial, reason):
                     self._send(messages.Ended(serial, einfo(RuntimeError(f"request could not be unpickled: {reason}"))))
 
+    def _turn(self) -> None:
+        """Do what all that was heard leads to. Calls leave first: results can be stored while the GPUs work."""
+        while self._events or self._finished or self._unsent:
+            self._run_scheduler()
+            self._submit()
+            finished, self._finished = self._finished, []
+            for task, outcome in finished:
+                if task.run.serial in self._tasks:
+                    self._tracing.resume(task, outcome)
+            if self._unsent and not (self._events or self._finished):
+                return  # the link takes no more for now
+
     def _handle_inbox(self) -> int | None:
         """Fleet events; an exit code when this process is of no more use."""
-        from bridge import fleet
+        from bridge import cluster, fleet
 
         while self._inbox:
             event = self._inbox.popleft()
@@ -218,8 +242,11 @@ class Driver:
                     self._fetched(token, data)
                 case fleet.SlotChanged(slot, health, reason):
                     self._slot_changed(slot, health, reason)
-                case fleet.Connected():
-                    self._report["cluster"] = event._asdict()
+                case fleet.ActorReleased(slot):
+                    self._events += self._roster.release(slot)
+                    self._send_report()
+                case cluster.Connected():
+                    self._roster.set_cluster(event._asdict())
                     self._send_report()
                 case fleet.ClusterLost():
                     logger.error("the Ray cluster is gone; GPU tasks wait for it, CPU tasks go on")
@@ -230,15 +257,23 @@ class Driver:
                     return EXIT_NOT_STARTED
         return None
 
-    def _give_up_waiting(self) -> None:
-        """Fail what has waited too long while no actor was ready."""
+    def _look_at_waiting(self) -> None:
+        """Ask for actors while tasks wait; fail what has waited too long for one that suits."""
         now, longest = time.monotonic(), self._settings.cluster_wait_s
-        if self._ready or now - self._unready_since < longest:
-            return
-        for token in self._scheduler.waiting_since(now - longest):
-            task = self._by_token[token]
-            self._schedule(TaskCancelled(token), drop=False)
-            self._refuse(task, ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s"))
+        self._fleet.want(self._scheduler.wanted_by(now, GROW_AFTER_S))
+        for stranded in self._scheduler.stranded(now):
+            if now - stranded.since >= longest:
+                self._cancel_quietly(stranded.token)
+                self._refuse(self._by_token[stranded.token], self._no_actor(stranded.name))
+            elif self._roster.ready and now - stranded.since > GROW_AFTER_S and stranded.name not in self._warned:
+                self._warned.add(stranded.name)
+                logger.warning("%s waits up to %g s: %s", stranded.name, longest, self._no_actor(stranded.name))
+
+    def _no_actor(self, name: str) -> BridgeError:
+        """Why a task cannot run anywhere now."""
+        if not self._roster.ready:
+            return ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s")
+        return NoSuitableGpu(name, self._marks[name].gpu.needs(), self._roster.describe())
 
     @property
     def forward(self) -> Any:
@@ -261,7 +296,7 @@ class Driver:
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
         priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
         rank = -priority if self._highest_first else priority
-        self._schedule(TaskWaiting(task.token, task.run.task, rank, alone))
+        self._events.append(TaskWaiting(task.token, task.run.task, rank, alone))
 
     def _again(self, task: TracedTask, alone: bool) -> None:
         """Let a task wait for another run; a new token, so that nothing late ever touches it."""
@@ -278,30 +313,25 @@ class Driver:
         task.alone = task.alone or alone
         self._wait(task, task.alone)
 
-    def _schedule(self, event: Event, drop: bool = True) -> None:
-        """Tell the scheduler and do what it says; what happens meanwhile is told after that, in order."""
-        self._events.append((event, drop))
-        if self._scheduling:
-            return
-        self._scheduling = True
-        try:
-            while self._events:
-                self._handle_event(*self._events.popleft())
-        finally:
-            self._scheduling = False
+    def _cancel_quietly(self, token: str) -> None:
+        """Take a waiting task from the scheduler; whoever does this answers for the task."""
+        self._quiet.add(token)
+        self._events.append(TaskCancelled(token))
 
-    def _handle_event(self, event: Event, drop: bool) -> None:
-        for instruction in self._scheduler.handle(event, time.monotonic()):
+    def _run_scheduler(self) -> None:
+        """Tell the scheduler what has happened and do what it says."""
+        events, self._events = self._events, []
+        for instruction in self._scheduler.handle(*events, now=time.monotonic()):
             match instruction:
                 case StartCall(actor, call, tokens, estimate_s):
                     self._start_call(actor, call, tokens, estimate_s)
-                case Interrupt(actor, call, token):
+                case Interrupt(actor, call, token) if token in self._by_token:  # else it has just been answered
                     self._fleet.cancel(actor, f"{self.id}.{call}", [token], self._by_token[token].how)
-                case Drop(token):
-                    if drop:
-                        self._end(self._by_token[token], einfo(Terminated(signal.SIGTERM)))
+                case Drop(token) if token not in self._quiet and token in self._by_token:
+                    self._end(self._by_token[token], einfo(Terminated(signal.SIGTERM)))
                 case WakeAt(at):
                     self._wake_at = at
+        self._quiet.clear()
 
     def _start_call(self, actor: int, number: str, tokens: tuple[str, ...], estimate_s: float) -> None:
         calls = []
@@ -312,7 +342,7 @@ class Driver:
             if task.tracer is None:
                 self._tracing.start(task)
             if task.payload is None:  # it ended before its body: an invalid payload, or a hook that raised
-                self._schedule(TaskFinished(token, None))
+                self._events.append(TaskFinished(token, None))
             else:
                 run = task.run
                 calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s))
@@ -320,7 +350,6 @@ class Driver:
             call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s)
             self._calls[call.id] = actor, call
             self._unsent.append((actor, call))
-            self._submit()
 
     def _submit(self) -> None:
         """Send calls, and word of them to the worker before: should this process die, it must know what has started."""
@@ -348,7 +377,7 @@ class Driver:
         """To the worker, unless it runs or the broker has it no more: it never started, or is late and came back."""
         acks_late = getattr(self._app.tasks.get(task.run.task), "acks_late", False)
         if not task.accepted and (acks_late or not task.announced):
-            self._schedule(TaskCancelled(task.token), drop=False)
+            self._cancel_quietly(task.token)
             self._tracing.stop(task)
             self._answer(task, messages.Flushed(task.run.serial))
 
@@ -369,8 +398,8 @@ class Driver:
         elif isinstance(reply, Busy):
             self._put_back(call_id, actor, call)
             return
-        elif actor in self._ready:
-            self._schedule(ActorReady(actor, reply.queue_s))
+        elif actor in self._roster.ready:
+            self._events.append(ActorBusy(actor, reply.queue_s))
         owed = {task.token for task in call.tasks}
         answers = tuple(answer for answer in reply.answers if answer.token in owed)
         answered = {answer.token for answer in answers if not isinstance(answer, Pending)}
@@ -388,7 +417,7 @@ class Driver:
         del self._calls[call_id]
         self._lose_actor(actor, "its queue is full")
         for sent in call.tasks:
-            self._schedule(TaskFinished(sent.token, None))
+            self._events.append(TaskFinished(sent.token, None))
             if sent.token in self._by_token:
                 self._again(self._by_token[sent.token], alone=False)
 
@@ -425,11 +454,11 @@ class Driver:
         """A task's outcome: give it to its tracer, or let the task run again when somebody else is to blame."""
         task = self._by_token.get(outcome.token)
         ran = isinstance(outcome, Succeeded) or outcome.kind in (FailureKind.RAISED, FailureKind.RETRY)
-        self._schedule(TaskFinished(outcome.token, outcome.run_s if ran else None))
+        self._events.append(TaskFinished(outcome.token, outcome.run_s if ran else None))
         if task is None:
             return
         if isinstance(outcome, Succeeded):
-            self._tracing.resume(task, outcome)
+            self._finished.append((task, outcome))
         else:
             self._judge(task, actor, outcome)
 
@@ -439,8 +468,10 @@ class Driver:
         match judge(outcome.kind, standing):
             case Verdict.RESUME:
                 self._tracing.resume(task, outcome)
-            case Verdict.AGAIN | Verdict.AGAIN_LATER:
+            case Verdict.AGAIN:
                 self._again(task, alone=False)
+            case Verdict.AGAIN_LATER:
+                self._again_later(task, actor, outcome.message)
             case Verdict.AGAIN_ALONE:
                 self._again(task, alone=True)
             case Verdict.WORKER_LOST:
@@ -463,6 +494,16 @@ class Driver:
         if outcome.logs:
             self._tracing.resume(task, Pending(task.token, True, (pickle.dumps(outcome.logs, 5),)))
 
+    def _again_later(self, task: TracedTask, actor: int, why: str) -> None:
+        """Too little memory is free there: elsewhere, or there when the actor has been heard of again."""
+        task.short_since = task.short_since or time.monotonic()
+        if time.monotonic() - task.short_since >= self._settings.cluster_wait_s and not task.cancelled:
+            self._tracing.resume(task, GpuOutOfMemory(f"waited {self._settings.cluster_wait_s:g} s for memory: {why}"))
+            return
+        logger.info("%s[%s] waits for memory of GPU actor %d: %s", task.run.task, task.run.id, actor, why)
+        self._events.append(ActorShort(actor, task.run.task))
+        self._again(task, alone=False)
+
     def _charge(self, task: TracedTask, actor: int, outcome: Failed) -> Standing:
         """Count a crash or a loss; how the task stands then."""
         limit = self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
@@ -474,7 +515,7 @@ class Driver:
             )  # fmt: skip
         elif outcome.kind in (FailureKind.LOST, FailureKind.UNSURE):
             task.losses += 1
-            if actor in self._ready:
+            if actor in self._roster.ready:
                 self._lose_actor(actor, outcome.message)
         options = self._app.tasks[task.run.task]
         return Standing(
@@ -490,35 +531,14 @@ class Driver:
     # ---- actors
 
     def _slot_changed(self, slot: int, health: Any, reason: str) -> None:
-        row = (
-            health._asdict()
-            if health is not None
-            else {**self._report["actors"].get(slot, {"slot": slot}), "state": "lost"}
-        )
-        if reason:
-            row["reason"] = reason
-        if health is not None and health.state is ActorState.READY:
-            if slot not in self._ready:
-                logger.info("GPU actor %d is ready: %s on %s", slot, health.device.get("name"), health.node)
-            self._ready.add(slot)
-            self._schedule(ActorReady(slot))
-        elif slot in self._ready:
-            self._lose_actor(slot, reason or (health.reason if health else ""))
-        self._report["actors"][slot] = row
+        self._events += self._roster.change(slot, health, reason)
         self._send_report()
 
     def _lose_actor(self, slot: int, reason: str) -> None:
-        if slot in self._ready:
-            logger.warning("GPU actor %d takes no calls: %s", slot, reason)
-        if self._ready == {slot}:
-            self._unready_since = time.monotonic()
-        self._ready.discard(slot)
-        self._schedule(ActorLost(slot))
+        self._events += self._roster.lose(slot, reason)
 
     def _send_report(self, error: StartupError | None = None) -> None:
-        self._reported_at = time.monotonic()
-        report = {**self._report, "actors": list(self._report["actors"].values())}
-        report |= {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+        report = self._roster.report() | {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
         self._send(messages.Report(0, report, (type(error).__name__, str(error)) if error else None))
 
     # ---- answers
@@ -529,6 +549,13 @@ class Driver:
         except Exception as error:  # a result that cannot be pickled: say so, as billiard does
             wrapped = MaybeEncodingError(error, getattr(message, "result", None))
             self._link.send(messages.Ended(message.serial, einfo(wrapped)))
+
+
+def rule_of(mark: Mark) -> TaskRule:
+    """What the scheduler must know of a marked task."""
+    batch, gpu = mark.batch, mark.gpu
+    size, wait_s = (batch.max_size, batch.max_wait_s) if batch else (0, 0.0)
+    return TaskRule(size, wait_s, gpu.streams, gpu.memory or 0, gpu.accelerator or "")
 
 
 def _only_logs(news: Pending) -> Pending:

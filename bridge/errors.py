@@ -20,6 +20,7 @@
         ├── TaskNotOnActor            the executor's copy of the app does not know the task
         ├── ResultInvalid             the body returned what cannot be sent
         ├── RemoteTaskError           the body raised what cannot be rebuilt here
+        ├── NoSuitableGpu             GPUs are there, and none has what the task asks for
         └── ClusterUnavailable        no cluster for too long
 
 Every class passes all its arguments to ``super().__init__`` and makes its text in ``__str__``: so it survives pickle
@@ -178,6 +179,30 @@ class RemoteTaskError(TaskError):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.message}"
+
+
+class NoSuitableGpu(TaskError):
+    """GPU actors are there, and none has what the task's mark asks for; nothing has run.
+
+    Args:
+        task: the task's name.
+        needed: what its mark asks for.
+        found: what the ready actors have.
+    """
+
+    retryable = True
+
+    def __init__(self, task: str, needed: str, found: str) -> None:
+        super().__init__(task, needed, found)
+        self.task = task
+        self.needed = needed
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} needs {self.needed}, and no GPU actor has it ({self.found}): "
+            "join a node that has, or change the task's gpu=Gpu(...)"
+        )
 
 
 class ClusterUnavailable(TaskError):

@@ -1,13 +1,13 @@
-"""The only Ray code on this side: connect, actors, calls, and Ray's errors turned into ours.
+"""The actors as Ray has them: created, looked after, called; Ray's errors turned into ours. Joining is `cluster.py`.
 
 A helper thread does what can block (connect, look up, create, beat); small submits happen on the caller's thread. Ray's
 callbacks arrive on Ray's own I/O thread and only hand their result to `notify`, which must do no more than queue it.
 """
 
 import logging
+import math
 import queue
-import signal
-import socket
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,39 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import ray
-import ray.exceptions
 
 from actors import gpu_actor
-from actors.contract import PROTOCOL, ActorState, Busy, Call, Config, Health, Reason, Reply
+from actors.contract import ActorState, Busy, Call, Config, Health, Reason, Reply
 from actors.entries import Limits
-from bridge.auth import TOKEN_FILE, use_token
-from bridge.errors import (
-    ClusterAuthFailed,
-    ClusterMismatch,
-    ClusterNotFound,
-    GpuNotFound,
-    StartupError,
-    as_text,
-)
+from bridge.cluster import Connected, answers, connect, find_cluster, look
+from bridge.errors import ClusterNotFound, GpuNotFound, StartupError, as_text
+from bridge.places import KIND_SIZE, Bounds, Needs, Place, bounds, missing, nodes, places
 from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: The head's port is probed with this deadline, in seconds.
-PROBE_S = 1.0
 #: The cluster counts as gone after this many failed probes in a row.
 PROBES = 5
+#: How `Place.name` names actors.
+_NAME = re.compile(r"gpu-(?:(?P<kind>.+)-)?(?P<number>\d+)-v\d+")
 #: An actor that has not answered a beat for this long takes no calls, in seconds.
 SILENT_S = 10.0
-
-
-class Connected(NamedTuple):
-    """This process is a driver of the cluster now."""
-
-    address: str
-    ray_version: str
-    nodes: int
-    gpus: int
 
 
 class SlotChanged(NamedTuple):
@@ -56,6 +40,12 @@ class SlotChanged(NamedTuple):
     slot: int
     health: Health | None
     reason: str
+
+
+class ActorReleased(NamedTuple):
+    """An actor beyond those that always stay has ended for good."""
+
+    slot: int
 
 
 class ClusterLost(NamedTuple):
@@ -84,14 +74,15 @@ class Fetched(NamedTuple):
     data: bytes | None
 
 
-FleetEvent = Connected | SlotChanged | ClusterLost | StartFailed | Replied | Fetched
+FleetEvent = Connected | SlotChanged | ActorReleased | ClusterLost | StartFailed | Replied | Fetched
 Notify = Callable[[FleetEvent], None]
 
 
 class _Slot:
     """One actor as seen from here; owned by the helper thread, `handle` read by the loop's."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, place: Place, handle: Any) -> None:
+        self.place = place
         self.handle = handle
         self.heard_at = time.monotonic()
         self.asked = False  # a hello or beat is on its way
@@ -103,12 +94,18 @@ class _Slot:
 class Fleet:
     """All GPU actors of the namespace."""
 
-    def __init__(self, settings: Settings, namespace: str, driver: str, supersedes: str, config: Config) -> None:
+    def __init__(
+        self, settings: Settings, namespace: str, driver: str, supersedes: str, config: Config, needs: Needs
+    ) -> None:
         self._settings = settings
         self._namespace = namespace
         self._driver = driver
         self._supersedes = supersedes
         self._config = config
+        self._needs = needs
+        self._bounds = dict.fromkeys(needs.kinds, Bounds(0, 0))
+        self._wanted: frozenset[str] = frozenset()  # kinds that tasks wait for; written by the loop
+        self._cluster: Connected | None = None
         self._notify: Notify = lambda _event: None
         self._slots: dict[int, _Slot] = {}
         self._events: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
@@ -145,6 +142,10 @@ class Fleet:
         if slot in self._slots:
             self._slots[slot].handle.cancel.remote(call, tokens, how)
 
+    def want(self, accelerators: set[str]) -> None:
+        """Tasks wait for actors of these kinds: there may be more of them, within the settings' bounds."""
+        self._wanted = frozenset(accelerators)
+
     def restart_actors(self) -> None:
         """Drain and restart the actors that are there now, one at a time; also when other drivers are told the same."""
         self._events.put((-1, None))
@@ -180,8 +181,9 @@ class Fleet:
     def _help(self, patient: bool) -> None:
         try:
             self._address = self._find(patient)
-            self._notify(connect(self._address, self._namespace))
+            self._cluster = connect(self._address, self._namespace)
             self._require_gpu(patient)
+            self._notify(self._cluster)
         except StartupError as error:
             self._notify(StartFailed(error))
             return
@@ -202,7 +204,7 @@ class Fleet:
                 continue
             except queue.Empty:
                 next_beat = time.monotonic() + self._settings.beat_s
-            failed_probes = 0 if _answers(self._address) else failed_probes + 1
+            failed_probes = 0 if answers(self._address) else failed_probes + 1
             if failed_probes >= PROBES:
                 self._notify(ClusterLost())
                 return
@@ -223,7 +225,7 @@ class Fleet:
         while True:
             try:
                 address = find_cluster(self._settings.ray_address)
-                if _answers(address):
+                if answers(address):
                     return address
                 problem = f"nothing answers at {address}"
             except ClusterNotFound as error:
@@ -236,7 +238,8 @@ class Fleet:
             time.sleep(0.5)
 
     def _require_gpu(self, patient: bool) -> None:
-        if not patient and not _gpus():
+        may_grow = self._settings.max_actors is not None  # Ray's autoscaler is to bring GPUs
+        if not patient and not may_grow and not self._cluster.gpus:  # type: ignore[union-attr]  # it is connected
             raise GpuNotFound(
                 f"the Ray cluster at {self._address} offers no GPU: join a GPU node with "
                 f"`ray start --address={self._address}`, or start it with `--num-gpus=1` for a logical GPU"
@@ -245,40 +248,89 @@ class Fleet:
     def _beat(self) -> None:
         """One look at the cluster and every actor."""
         try:
-            wanted = range(_gpus())
-            for number in wanted:
-                if number not in self._slots:
-                    self._slots[number] = _Slot(self._create(number))
+            self._look_at_cluster()
+            self._adopt()
+            for kind in self._needs.kinds:
+                self._fill(kind)
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
             return
-        waits = f"waits in Ray for a free GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
-        for number, slot in list(self._slots.items()):
-            if number not in wanted and not slot.greeted:
-                continue
-            self._ask(number, slot)
-            if slot.asked and time.monotonic() - slot.heard_at > SILENT_S:
-                self._notify(SlotChanged(number, None, waits if not slot.greeted else "does not answer"))
+        waits = f"waits in Ray for {self._needs.share:g} GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
+        for slot, known in list(self._slots.items()):
+            if not known.greeted and not self._belongs(known.place):
+                continue  # its GPU has left the cluster
+            self._ask(slot, known)
+            if known.asked and time.monotonic() - known.heard_at > SILENT_S:
+                self._notify(SlotChanged(slot, None, "does not answer" if known.greeted else waits))
+
+    def _look_at_cluster(self) -> None:
+        now = look(self._address)
+        if now != self._cluster:
+            self._cluster = now
+            self._notify(now)
+        s, fitting = self._settings, places(nodes(ray.nodes()), self._needs)
+        self._bounds = {kind: bounds(fit, s.min_actors, s.max_actors) for kind, fit in fitting.items()}
+
+    def _adopt(self) -> None:
+        """Actors that other workers have created are used, too."""
+        for name in ray.util.list_named_actors():
+            found = _NAME.fullmatch(name)
+            place = Place(found["kind"] or "", int(found["number"])) if found else None
+            if place and place.name == name and place.accelerator in self._needs.kinds:
+                slot = place.slot(self._needs)
+                if slot not in self._slots:
+                    self._slots[slot] = _Slot(place, ray.get_actor(name))
+
+    def _fill(self, kind: str) -> None:
+        """Create the actors of a kind that should be there; take back what nobody waits for any more."""
+        mine = {slot: known for slot, known in self._slots.items() if known.place.accelerator == kind}
+        is_wanted, within = kind in self._wanted, self._bounds[kind]
+        pending = [slot for slot, known in mine.items() if not known.pid]
+        for number in missing({known.place.number for known in mine.values()}, bool(pending), is_wanted, within):
+            place = Place(kind, number)
+            self._slots[place.slot(self._needs)] = _Slot(place, self._create(place))
+        for slot in pending:
+            if not is_wanted and not self._belongs(mine[slot].place):
+                ray.kill(mine[slot].handle)  # it would show as demand to Ray's autoscaler, and get a GPU for nothing
+                self._release(slot)
+
+    def _belongs(self, place: Place) -> bool:
+        """Whether it is one of those that are always there."""
+        return place.number < self._bounds[place.accelerator].least
+
+    def _release(self, slot: int) -> None:
+        del self._slots[slot]
+        self._notify(ActorReleased(slot))
 
     def _restart_next(self) -> None:
         """One actor at a time: the next one is drained when the one before is ready again."""
         for number, pid in list(self._to_restart.items()):
             slot = self._slots.get(number)
-            if number < _gpus():  # its GPU may have left the cluster
-                if slot is not None and slot.pid == pid:
-                    slot.handle.drain.remote()
-                    return
-                if slot is None or not slot.ready:
-                    return
-            del self._to_restart[number]  # it is another one by now
+            if slot is not None and slot.pid == pid:
+                slot.handle.drain.remote()
+                return
+            if slot is not None and self._belongs(slot.place) and not slot.ready:
+                return
+            if slot is None and self._was_kept(number):
+                return
+            del self._to_restart[number]  # it is another one by now, or its GPU has left the cluster
 
-    def _create(self, slot: int) -> Any:
+    def _was_kept(self, slot: int) -> bool:
+        kind, number = divmod(slot, KIND_SIZE)
+        return self._belongs(Place(self._needs.kinds[kind], number))
+
+    def _create(self, place: Place) -> Any:
         s = self._settings
-        limits = Limits(s.inline_limit_bytes, s.queued_tasks, s.reply_after_s, s.lease_s, s.keep_warm_s, s.grace_s)
-        name = f"gpu-{slot}-v{PROTOCOL}"
-        options = gpu_actor.options(name, self._namespace, s.actor_cpus)
+        keep_idle_s = math.inf if self._belongs(place) else s.keep_idle_s
+        limits = Limits(
+            s.inline_limit_bytes, s.queued_tasks, s.reply_after_s, s.lease_s, s.keep_warm_s, s.grace_s, keep_idle_s,
+            self._needs.share,
+        )  # fmt: skip
+        options = gpu_actor.options(
+            place.name, self._namespace, s.actor_cpus, self._needs.share, place.accelerator or None
+        )
         actor: Any = gpu_actor.GpuActor  # a class to mypy, an actor class to Ray
-        return actor.options(**options).remote(slot, limits)
+        return actor.options(**options).remote(place.slot(self._needs), limits)
 
     def _ask(self, number: int, slot: _Slot) -> None:
         if slot.asked:
@@ -291,7 +343,9 @@ class Fleet:
         _when_done(ref, lambda value, error: self._events.put((number, value if value is not None else error)))
 
     def _hear(self, number: int, answer: Any) -> None:
-        slot = self._slots[number]
+        slot = self._slots.get(number)
+        if slot is None:
+            return  # released meanwhile
         slot.asked = False
         slot.heard_at = time.monotonic()
         slot.ready = isinstance(answer, Health) and answer.state is ActorState.READY
@@ -301,85 +355,13 @@ class Fleet:
             self._notify(SlotChanged(number, answer, ""))
         else:
             slot.greeted = False
-            if "ActorDied" in str(answer):
-                del self._slots[number]  # ended for good: the next beat creates it again by name
+            has_ended = "ActorDied" in str(answer)
+            if has_ended and not self._belongs(slot.place):
+                self._release(number)
+                return
+            if has_ended:
+                del self._slots[number]  # for good: the next beat creates it again by name
             self._notify(SlotChanged(number, None, str(answer)))
-
-
-# ---- Ray's own terms
-
-
-def find_cluster(address: str | None) -> str:
-    """host:port of the Ray head: as given, or of the cluster `ray start` brought up on this host.
-
-    Raises:
-        ClusterNotFound: there is none here, or more than one.
-    """
-    if address:
-        return address
-    from ray._private import services  # Ray has no public way to ask for the address without connecting
-
-    services.find_gcs_addresses.cache_clear()  # or a cluster that comes up later is never seen
-    try:
-        return str(services.canonicalize_bootstrap_address_or_die("auto"))
-    except (ConnectionError, ValueError) as error:
-        text = str(error).partition(". ")[0]
-        raise ClusterNotFound(text[0].lower() + text[1:]) from error
-
-
-def connect(address: str, namespace: str) -> Connected:
-    """Make this process a driver of the cluster.
-
-    Raises:
-        ClusterNotFound, ClusterAuthFailed, ClusterMismatch: in one line that says what to do.
-    """
-    token = use_token()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:
-        raise _connect_error(error, address, token) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray installs a handler of its own
-    return Connected(address, ray.__version__, sum(1 for node in ray.nodes() if node["Alive"]), _gpus())
-
-
-def _connect_error(error: Exception, address: str, token: str) -> StartupError:
-    text = " ".join(str(error).split())
-    if "Version mismatch" in text:
-        cluster, _, here = text.partition("This process")
-        return ClusterMismatch(
-            f"Ray or Python differ: cluster {_versions(cluster)}, this worker {_versions(here)}. "
-            "Use the same versions of both on every node and in the worker"
-        )
-    unauthenticated = any(word in text.lower() for word in ("auth", "token", "unauthenticated"))
-    if isinstance(error, ray.exceptions.AuthenticationError) or unauthenticated or _answers(address):
-        used = f"the token from {token} was refused" if token else "no token was found"
-        return ClusterAuthFailed(
-            f"the Ray cluster at {address} did not let this worker in: {used}. Copy the head's token "
-            f"(`ray get-auth-token` there) to {TOKEN_FILE} with mode 0600, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        )
-    return ClusterNotFound(f"the Ray cluster at {address} does not answer: {text[:200]}")
-
-
-def _versions(text: str) -> str:
-    words = text.replace(":", " ").split()
-    found = [f"{key} {words[words.index(key) + 1]}" for key in ("Ray", "Python") if key in words]
-    return ", ".join(found) or text[:80]
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _gpus() -> int:
-    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def _when_done(ref: Any, callback: Callable[[Any, str], None]) -> None:

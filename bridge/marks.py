@@ -58,6 +58,11 @@ class Gpu(BaseModel):
         description="positional arguments for one real run at warm-up, so that kernels are compiled before work",
     )
 
+    def needs(self) -> str:
+        """What it asks of a GPU, in words."""
+        model = f"a GPU of type {self.accelerator}" if self.accelerator else "a GPU"
+        return f"{model} with {self.memory.human_readable()} of memory" if self.memory else model
+
 
 class Mark(BaseModel):
     """A marked task as the bridge sees it: its options, its vectorised form if it has one, and who marked it."""

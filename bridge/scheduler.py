@@ -1,27 +1,35 @@
 """Which task runs where, when, with whom: a pure state machine. No clock, no threads, no Ray, no Celery.
 
-Events go in through `handle`, each with the time it happened; instructions come out. The driver does what they say.
+Events go in through `handle`, with the time they happened; instructions come out. The driver does what they say.
+`docs/scheduling.md` explains the rules to users; what waits is kept in `bridge/lines.py`.
 
 Pacing: a task that finds its actor idle and is alone in hand leaves at once, unless tasks come in a stream. Otherwise
 calls are shared: at most `calls_outstanding` per actor, and while the waiting work is tiny the next call leaves
 `call_gap_s` after the last one. Nothing is sent behind a call that is long or of unknown length: it would count as
-started while it waits, and another actor may be free first. A call takes tasks in order while their estimated run time
-stays under `call_budget_s`; a task that has never been seen travels alone.
+started while it waits, and another actor may be free first. The exception: a long task may leave just before the
+foreseen end of the long call ahead, so that the GPU does not wait for it. A call takes tasks while their estimated run
+time stays under `call_budget_s`; a task that has never been seen travels alone.
 """
 
-import heapq
 import itertools
+import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-#: Weight of the newest run in the estimate of a task's run time.
-_NEWEST = 0.2
+from bridge.lines import ANY, Estimates, Line, Lines, TaskRule, Waiting
+
 #: Weight of the newest arrival in `_crowding`, and from where on arrivals count as a stream: under one, a task that
 #: happens to find nothing else in hand still waits for company, or each would travel alone at a call's full price.
 _NEWEST_ARRIVAL = 0.1
 _CROWDED = 0.3
+#: A long call leaves this long before the foreseen end of the one ahead, in seconds: about what its way takes. So long
+#: after that end the foresight was wrong, and nothing is sent any more.
+LEAD_S = 0.005
+#: Work is shared out to idle actors in pieces no smaller than this, in seconds: a call costs about as much.
+_PIECE_S = 0.001
+#: What sums of floats may differ by, in seconds.
+_ROUNDING_S = 1e-9
 #: Events kept per scheduler for the text of an illegal transition.
 _HISTORY = 64
 
@@ -52,10 +60,26 @@ class TaskCancelled(NamedTuple):
 
 
 class ActorReady(NamedTuple):
-    """An actor is warm; `queue_s` is its own estimate of the work other drivers have given it."""
+    """An actor is warm, and this is what it has."""
 
     actor: int
-    queue_s: float = 0.0
+    accelerator: str = ""  # as Ray names it; "" where unknown
+    memory_bytes: int = 0  # what one body could have at best; 0 where unknown
+    warm_for: frozenset[str] = frozenset()  # names of tasks whose residents are on its device
+
+
+class ActorBusy(NamedTuple):
+    """An actor's own estimate of the work ahead of a new call, that of other drivers included."""
+
+    actor: int
+    queue_s: float
+
+
+class ActorShort(NamedTuple):
+    """An actor has too little free memory for tasks of this name, until it is ready anew."""
+
+    actor: int
+    name: str
 
 
 class ActorLost(NamedTuple):
@@ -68,7 +92,7 @@ class Tick(NamedTuple):
     """The time a WakeAt asked for has come."""
 
 
-Event = TaskWaiting | TaskFinished | TaskCancelled | ActorReady | ActorLost | Tick
+Event = TaskWaiting | TaskFinished | TaskCancelled | ActorReady | ActorBusy | ActorShort | ActorLost | Tick
 
 
 # ---- instructions
@@ -106,13 +130,6 @@ class WakeAt(NamedTuple):
 Instruction = StartCall | Interrupt | Drop | WakeAt
 
 
-class BatchRule(NamedTuple):
-    """How tasks of a vectorised body share a run."""
-
-    max_size: int
-    max_wait_s: float
-
-
 class Rules(NamedTuple):
     """The settings the scheduler needs; seconds and counts."""
 
@@ -120,70 +137,85 @@ class Rules(NamedTuple):
     call_gap_s: float
     call_tasks: int
     calls_outstanding: int
+    starve_after_s: float = math.inf
+
+
+class Stranded(NamedTuple):
+    """A task that no actor there is may run."""
+
+    token: str
+    name: str
+    since: float  # it has waited, or nobody was there, since then
 
 
 class IllegalTransition(Exception):
     """An event that cannot happen in the state the scheduler is in; the text tells the story so far."""
 
 
-@dataclass(order=True, slots=True)
-class _Waiting:
-    rank: int
-    order: int
-    token: str = field(compare=False)
-    name: str = field(compare=False)
-    alone: bool = field(compare=False)
-    since: float = field(compare=False)
+@dataclass(slots=True)
+class _Call:
+    left: set[str]  # tokens not finished
+    estimate_s: float
+    is_long: bool
+    is_steady: bool  # it will most likely take what was estimated
+
+
+#: What is known of an actor that has never been ready.
+_NOTHING = ActorReady(-1)
 
 
 @dataclass(slots=True)
 class _Actor:
     ready: bool = False
-    queue_s: float = 0.0
-    calls: dict[str, set[str]] = field(default_factory=dict)  # call -> tokens not finished
-    long_calls: set[str] = field(default_factory=set)  # those that reach the budget: nothing is sent behind them
-    last_call_at: float = float("-inf")
+    facts: ActorReady = _NOTHING
+    short_for: set[str] = field(default_factory=set)
+    free_at: float = -math.inf  # when what others have given it will be done
+    calls: dict[str, _Call] = field(default_factory=dict)
+    ends_at: float = -math.inf  # the foreseen end of `calls`
+    last_call_at: float = -math.inf
+
+    def suits(self, line: Line) -> bool:
+        """Whether it has what the line's tasks need."""
+        rule = line.rule
+        if rule is ANY:
+            return self.ready
+        memory = self.facts.memory_bytes
+        return (
+            self.ready
+            and rule.accelerator in ("", self.facts.accelerator)
+            and (not memory or rule.memory_bytes <= memory)
+        )
+
+    @property
+    def long_call(self) -> _Call | None:
+        """The long call it has from us, if any."""
+        return next((call for call in self.calls.values() if call.is_long), None)
 
 
 class Scheduler:
     """See the module's docstring."""
 
-    def __init__(self, rules: Rules, batches: dict[str, BatchRule]) -> None:
+    def __init__(self, rules: Rules, tasks: dict[str, TaskRule]) -> None:
         self._rules = rules
-        self._batches = batches
-        self._queue: list[_Waiting] = []  # a heap
-        self._waiting: dict[str, _Waiting] = {}
+        self._lines = Lines(tasks, rules.starve_after_s)
+        self._estimates = Estimates()
         self._actors: dict[int, _Actor] = {}
-        self._running: dict[str, tuple[int, str, str]] = {}  # token -> actor, call, task name
-        self._estimates: dict[str, float] = {}
-        self._orders = itertools.count()
+        self._running: dict[str, tuple[int, str, str, float]] = {}  # token -> actor, call, task name, seconds charged
         self._calls = itertools.count(1)
         self._history: deque[tuple[float, Event]] = deque(maxlen=_HISTORY)
         self._wake_at: float | None = None
         self._crowding = 0.0  # share of recent tasks that came while others were in hand
 
-    def handle(self, event: Event, now: float) -> list[Instruction]:
-        """Take one event; returns what to do, in order.
+    def handle(self, *events: Event, now: float) -> list[Instruction]:
+        """Take events that happened together; returns what to do, in order.
 
         Raises:
-            IllegalTransition: the event contradicts the state; a bug in the caller.
+            IllegalTransition: an event contradicts the state; a bug in the caller.
         """
-        self._history.append((now, event))
         instructions: list[Instruction] = []
-        match event:
-            case TaskWaiting():
-                self._add(event, now)
-            case TaskFinished(token, run_s):
-                self._finish(token, run_s)
-            case TaskCancelled(token):
-                instructions += self._cancel(token)
-            case ActorReady(actor, queue_s):
-                known = self._actors.setdefault(actor, _Actor())
-                known.ready, known.queue_s = True, queue_s
-            case ActorLost(actor):
-                self._actors.setdefault(actor, _Actor()).ready = False
-            case Tick():
-                self._wake_at = None
+        for event in events:
+            self._history.append((now, event))
+            instructions += self._take_in(event, now)
         return instructions + self._start_calls(now)
 
     # what a person and the worker want to know
@@ -191,7 +223,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Tasks that have not left."""
-        return len(self._waiting)
+        return len(self._lines)
 
     @property
     def running(self) -> int:
@@ -200,41 +232,73 @@ class Scheduler:
 
     def estimate_s(self, name: str) -> float | None:
         """Estimated run time of one task of this name, None before the first."""
-        return self._estimates.get(name)
+        return self._estimates.of(name)
 
-    def waiting_since(self, before: float) -> list[str]:
-        """Tokens of tasks that have waited since `before` or longer."""
-        return [task.token for task in self._waiting.values() if task.since <= before]
+    def stranded(self, now: float) -> list[Stranded]:
+        """Waiting tasks that no ready actor suits; to be asked for every now and then."""
+        found: list[Stranded] = []
+        for line in self._lines:
+            if any(actor.suits(line) for actor in self._actors.values()):
+                line.served_at = now
+            else:
+                found += [Stranded(task.token, line.name, max(task.since, line.served_at)) for task in line.tasks()]
+        return found
+
+    def wanted_by(self, now: float, patience_s: float) -> set[str]:
+        """Accelerators that tasks name who have waited longer than `patience_s`; "" for those that take any."""
+        heads = [(line, line.head(math.inf)) for line in self._lines]  # the oldest of each
+        return {line.rule.accelerator for line, head in heads if now - head.since > patience_s}
 
     # events
 
-    def _add(self, event: TaskWaiting, now: float) -> None:
-        if event.token in self._waiting or event.token in self._running:
-            raise self._illegal(event.token, "is in hand already")
-        crowded = bool(self._waiting or self._running)
-        self._crowding += _NEWEST_ARRIVAL * (crowded - self._crowding)
-        task = _Waiting(event.rank, next(self._orders), event.token, event.name, event.alone, now)
-        self._waiting[event.token] = task
-        heapq.heappush(self._queue, task)
+    def _take_in(self, event: Event, now: float) -> list[Instruction]:
+        match event:
+            case TaskWaiting():
+                self._add(event, now)
+            case TaskFinished(token, run_s):
+                self._finish(token, run_s, now)
+            case TaskCancelled(token):
+                return self._cancel(token)
+            case ActorReady(actor):
+                known = self._actors.setdefault(actor, _Actor())
+                known.ready, known.facts = True, event
+                known.short_for.clear()
+            case ActorBusy(actor, queue_s):
+                self._actors[actor].free_at = now + queue_s
+            case ActorShort(actor, name):
+                self._actors[actor].short_for.add(name)
+            case ActorLost(actor):
+                self._actors.setdefault(actor, _Actor()).ready = False
+            case Tick():
+                self._wake_at = None
+        return []
 
-    def _finish(self, token: str, run_s: float | None) -> None:
+    def _add(self, event: TaskWaiting, now: float) -> None:
+        if event.token in self._lines or event.token in self._running:
+            raise self._illegal(event.token, "is in hand already")
+        crowded = bool(self._lines or self._running)
+        self._crowding += _NEWEST_ARRIVAL * (crowded - self._crowding)
+        self._lines.add(event.token, event.name, event.rank, event.alone, now)
+
+    def _finish(self, token: str, run_s: float | None, now: float) -> None:
         if token not in self._running:
             raise self._illegal(token, "finished without being in a call")
-        actor, call, name = self._running.pop(token)
-        left = self._actors[actor].calls[call]
+        number, call, name, charged_s = self._running.pop(token)
+        actor = self._actors[number]
+        left = actor.calls[call].left
         left.discard(token)
         if not left:
-            del self._actors[actor].calls[call]
-            self._actors[actor].long_calls.discard(call)
+            del actor.calls[call]
+            actor.ends_at = now + sum(each.estimate_s for each in actor.calls.values())
         if run_s is not None:
-            known = self._estimates.get(name)
-            self._estimates[name] = run_s if known is None else known + _NEWEST * (run_s - known)
+            self._estimates.add(name, run_s)
+        self._lines.charge(name, (run_s or 0.0) - charged_s)
 
     def _cancel(self, token: str) -> list[Instruction]:
-        if self._waiting.pop(token, None) is not None:
-            return [Drop(token)]  # its place in the heap is passed over later
+        if self._lines.cancel(token):
+            return [Drop(token)]
         if token in self._running:
-            actor, call, _ = self._running[token]
+            actor, call, _, _ = self._running[token]
             return [Interrupt(actor, call, token)]
         return []  # it finished meanwhile
 
@@ -242,105 +306,132 @@ class Scheduler:
 
     def _start_calls(self, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
-        while self._waiting:
-            free = self._free_actors()
-            if not free:
+        while self._lines:
+            wake_at = math.inf
+            for line in self._lines.in_order(now):
+                number, at = self._choose(line, now)
+                if number is not None and at <= now:
+                    instructions.append(self._start_call(number, line, now))
+                    break
+                wake_at = min(wake_at, at)
+            else:
+                if wake_at < (math.inf if self._wake_at is None else self._wake_at):
+                    self._wake_at = wake_at
+                    instructions.append(WakeAt(wake_at))
                 break
-            at = self._leave_at(free[0], now)
-            if at > now:
-                if self._wake_at is None or at < self._wake_at:
-                    self._wake_at = at
-                    instructions.append(WakeAt(at))
-                break
-            instructions.append(self._start_call(free[0], now))
         return instructions
 
-    def _free_actors(self) -> list[int]:
-        """Actors that may take a call, the one free first at the front."""
-        limit = self._rules.calls_outstanding
-        free = [
-            (len(actor.calls), actor.queue_s, number)
-            for number, actor in self._actors.items()
-            if actor.ready and len(actor.calls) < limit and not actor.long_calls
-        ]
-        return [number for _, _, number in sorted(free)]
+    def _choose(self, line: Line, now: float) -> tuple[int | None, float]:
+        """The actor for the line's next call, and when it may leave; without one, when to look again."""
+        best: tuple[int, bool, int, float, int] | None = None
+        look_at = math.inf
+        for number, actor in self._actors.items():
+            if not actor.suits(line) or line.name in actor.short_for:
+                continue
+            at = self._may_take_at(actor, line, now)
+            if at > now:
+                look_at = min(look_at, at)
+                continue
+            waits_s = max(0.0, actor.free_at - now)
+            others = math.ceil(waits_s / self._rules.call_budget_s)  # what is nearly the same is the same
+            # Whoever may take the call has little ahead of it; loading a resident would take longer.
+            place = others, line.name not in actor.facts.warm_for, len(actor.calls), waits_s, number
+            if best is None or place < best:
+                best = place
+        if best is None:
+            return None, look_at
+        return best[-1], self._leave_at(self._actors[best[-1]], line, now)
 
-    def _leave_at(self, number: int, now: float) -> float:
-        """When the next call to this actor should leave."""
-        actor = self._actors[number]
-        head = self._head()
-        batch = self._batches.get(head.name)
-        if batch is not None and not head.alone and not actor.calls:
-            same = sum(1 for task in self._waiting.values() if task.name == head.name)
-            if same >= batch.max_size or same < len(self._waiting):
-                return now  # it is full, or the actor would stand idle although there is other work
-            return head.since + batch.max_wait_s
-        if not self._running and len(self._waiting) == 1 and self._crowding < _CROWDED:
+    def _may_take_at(self, actor: _Actor, line: Line, now: float) -> float:
+        """From when on the actor may be given a call of this line; infinity: not before it answers."""
+        if not actor.calls:
             return now
-        if self._waiting_s() >= self._rules.call_budget_s or len(self._waiting) >= self._rules.call_tasks:
+        ahead = actor.long_call
+        if len(actor.calls) >= self._rules.calls_outstanding:
+            return math.inf
+        if ahead is None:
+            return now
+        is_long = (self._estimates.of(line.name) or 0.0) >= self._rules.call_budget_s
+        if not ahead.is_steady or not is_long or now > actor.ends_at + LEAD_S:
+            return math.inf
+        return max(now, actor.ends_at - LEAD_S)
+
+    def _leave_at(self, actor: _Actor, line: Line, now: float) -> float:
+        """When the next call of this line should leave for this actor."""
+        if line.rule.max_size and not line.alone:
+            if line.count >= line.rule.max_size:
+                return now
+            if not actor.calls:  # or the actor would stand idle although there is other work
+                alone = line.count == len(self._lines)
+                return line.head(math.inf).since + line.rule.max_wait_s if alone else now
+        if not self._running and len(self._lines) == 1 and self._crowding < _CROWDED:
+            return now
+        if self._waiting_s() >= self._rules.call_budget_s or len(self._lines) >= self._rules.call_tasks:
             return now
         return actor.last_call_at + self._rules.call_gap_s
 
     def _waiting_s(self) -> float:
-        """Estimated run time of what waits, counted up to the budget; a task never seen counts as the budget."""
-        total = 0.0
-        for task in self._waiting.values():
-            total += self._estimates.get(task.name, self._rules.call_budget_s)
-            if total >= self._rules.call_budget_s:
-                break
-        return total
+        """Estimated run time of what waits; a task never seen counts as the budget."""
+        return sum(line.count * self._seconds(line.name) for line in self._lines)
 
-    def _head(self) -> _Waiting:
-        while self._queue[0].token not in self._waiting:
-            heapq.heappop(self._queue)
-        return self._queue[0]
+    def _seconds(self, name: str) -> float:
+        known = self._estimates.of(name)
+        return self._rules.call_budget_s if known is None else known
 
-    def _start_call(self, number: int, now: float) -> StartCall:
+    def _start_call(self, number: int, line: Line, now: float) -> StartCall:
         actor = self._actors[number]
-        tasks = self._take()
+        name, tasks = line.name, self._take(actor, line, now)
         call = str(next(self._calls))
         tokens = tuple(task.token for task in tasks)
-        estimate_s = self._sum_estimates(tasks)
-        actor.calls[call] = set(tokens)
-        if estimate_s >= self._rules.call_budget_s:
-            actor.long_calls.add(call)
+        seconds = [self._seconds(task.line.name) for task in tasks]
+        estimate_s = sum(seconds)
+        is_long = estimate_s >= self._rules.call_budget_s
+        actor.ends_at = max(now, actor.ends_at if actor.calls else now) + estimate_s
+        actor.calls[call] = _Call(set(tokens), estimate_s, is_long, self._estimates.is_steady(name))
         actor.last_call_at = now
-        for task in tasks:
-            self._running[task.token] = number, call, task.name
+        for task, each_s in zip(tasks, seconds, strict=True):
+            self._running[task.token] = number, call, task.line.name, each_s
+            self._lines.charge(task.line.name, each_s)
         return StartCall(number, call, tokens, estimate_s)
 
-    def _take(self) -> list[_Waiting]:
-        """The tasks of the next call: the head, and what may share the call with it."""
-        head = self._pop()
-        if head.alone:
-            return [head]
-        batch = self._batches.get(head.name)
-        if batch is not None:
-            return [head, *self._take_same(head.name, batch.max_size - 1)]
-        taken, left_s = [head], self._rules.call_budget_s - self._estimates.get(head.name, self._rules.call_budget_s)
-        while self._waiting and len(taken) < self._rules.call_tasks:
-            task = self._head()
-            estimate = self._estimates.get(task.name)
-            if estimate is None or estimate > left_s or task.alone or task.name in self._batches:
+    def _take(self, actor: _Actor, line: Line, now: float) -> list[Waiting]:
+        """The tasks of the next call: the line's head, and what may share the call with it."""
+        rule, name, share_s = line.rule, line.name, self._share_s()
+        taken = [self._lines.take(line, now)]
+        if line.alone:
+            return taken
+        if rule.together:
+            taken += [self._lines.take(line, now) for _ in range(min(line.count, rule.together - 1))]
+            return taken
+        estimate = self._estimates.of(name)
+        if estimate is None:
+            return taken
+        left_s = share_s - estimate
+        while len(taken) < self._rules.call_tasks:
+            mate = self._lines.first((each for each in self._lines if self._fits(each, actor, left_s)), now)
+            if mate is None:
                 break
-            left_s -= estimate
-            taken.append(self._pop())
+            left_s -= self._seconds(mate.name)
+            taken.append(self._lines.take(mate, now))
         return taken
 
-    def _take_same(self, name: str, limit: int) -> list[_Waiting]:
-        same = sorted(task for task in self._waiting.values() if task.name == name and not task.alone)[:limit]
-        for task in same:
-            del self._waiting[task.token]
-        return same
+    def _fits(self, line: Line, actor: _Actor, left_s: float) -> bool:
+        """Whether the head of a line may join a call of short tasks."""
+        estimate = self._estimates.of(line.name)
+        return (
+            estimate is not None
+            and estimate <= left_s + _ROUNDING_S
+            and not line.alone
+            and not line.rule.together
+            and actor.suits(line)
+            and line.name not in actor.short_for
+        )
 
-    def _pop(self) -> _Waiting:
-        task = self._head()
-        heapq.heappop(self._queue)
-        del self._waiting[task.token]
-        return task
-
-    def _sum_estimates(self, tasks: Iterable[_Waiting]) -> float:
-        return sum(self._estimates.get(task.name, self._rules.call_budget_s) for task in tasks)
+    def _share_s(self) -> float:
+        """Estimated run time one call may have: less than the budget while several actors have nothing to do."""
+        budget_s = self._rules.call_budget_s
+        idle = sum(actor.ready and not actor.calls for actor in self._actors.values())
+        return budget_s if idle <= 1 else min(budget_s, max(_PIECE_S, self._waiting_s() / idle))
 
     def _illegal(self, token: str, what: str) -> IllegalTransition:
         story = [f"{at:.3f} {event}" for at, event in self._history if token in event]

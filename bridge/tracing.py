@@ -43,6 +43,7 @@ class TracedTask:
         "losses",
         "payload",
         "run",
+        "short_since",
         "token",
         "tracer",
     )
@@ -59,6 +60,7 @@ class TracedTask:
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
         self.crashes = self.losses = 0
+        self.short_since = 0.0  # when it was first refused for want of memory
 
 
 class _Tracer(greenlet.greenlet):

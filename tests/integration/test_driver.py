@@ -37,6 +37,9 @@ class SaidFleet:
     def cancel(self, slot, call, tokens, how):
         self.cancelled += tokens
 
+    def want(self, accelerators):
+        self.wanted = accelerators
+
 
 def echo(value):
     return value
@@ -65,11 +68,13 @@ class Lab:
     def event(self, event):
         self.driver._notify(event)
         self.driver._handle_inbox()
+        self.driver._turn()
 
     def ready(self):
         from actors.contract import ActorState, Health
 
         fields = dict.fromkeys(Health._fields, 0) | {"state": ActorState.READY, "device": {}, "node": "here"}
+        fields |= {"accelerator": "", "warm_for": (), "share": 1.0}
         self.event(SlotChanged(0, Health(**fields), ""))
 
     def send(self, value, announced=False):
@@ -79,6 +84,7 @@ class Lab:
         run = link.Run(self.serial, "lab.echo", str(self.serial), request, body, None, None, None, None, 0)
         run = run._replace(announced=announced)
         self.driver._take(run)
+        self.driver._turn()
         return self.serial
 
     def answers(self):
@@ -148,6 +154,7 @@ def test_a_cancelled_task_is_cancelled_again_while_it_is_pending_and_never_runs_
     lab.link.send(link.Cancel(serial))
     lab.link.flush()
     lab.driver._read_link()
+    lab.driver._turn()
     lab.event(Replied(call.id, Reply((Pending(task.token, True),), 0.0), ""))
     assert lab.fleet.cancelled == [task.token, task.token], "the first may have overtaken its call"
     lab.event(Replied(call.id, None, "the actor died"))
@@ -161,6 +168,7 @@ def test_a_request_that_cannot_be_taken_costs_only_itself(lab):
     lab.link.send(link.Run(77, "lab.echo", "77", {"delivery_info": "odd"}, ((1,), {}, {}), None, None, None, None, 0))
     lab.link.flush()
     lab.driver._read_link()
+    lab.driver._turn()
     assert [type(answer) for answer in lab.answers()] == [link.Ended]
     lab.send("fine")
     assert len(lab.fleet.calls) == 1
@@ -190,6 +198,7 @@ def test_what_a_revoked_body_says_is_logged_and_its_progress_only_if_it_may_go_o
         lab.link.send(link.Cancel(lab.serial, number))
         lab.link.flush()
         lab.driver._read_link()
+        lab.driver._turn()
         lab.event(Replied(call.id, Reply((Pending(task.token, True, (news,)),), 0.0), ""))
         assert "last words" in caplog.text and states == expected
         failed = Failed(task.token, FailureKind.CANCELLED, "", "", logs=(LogLine(40, "lab", "gone", False),))
@@ -240,6 +249,7 @@ def test_what_an_earlier_driver_has_announced_is_not_given_back(lab):
     lab.link.send(link.Flush())
     lab.link.flush()
     lab.driver._read_link()
+    lab.driver._turn()
     lab.driver._flush()
     flushed = [message.serial for message in lab.link.receive() if isinstance(message, link.Flushed)]
     assert flushed == [first], "the broker may not have the other any more"
@@ -255,6 +265,7 @@ def test_a_late_task_that_came_back_from_its_actor_is_given_back(lab):
     lab.link.send(link.Flush())
     lab.link.flush()
     lab.driver._read_link()
+    lab.driver._turn()
     lab.driver._flush()
     assert [type(message) for message in lab.link.receive()] == [link.Flushed]
     assert not lab.driver._tasks

@@ -15,6 +15,7 @@ ARGUMENTS = {
     "PayloadInvalid": ("shop.add", [{"field": "a", "reason": "Input should be a valid integer", "received": "str"}]),
     "TaskPoisoned": ("shop.crash", 2, "signal 11 (SIGSEGV)"),
     "RemoteTaskError": ("shop.ShopError", "because"),
+    "NoSuitableGpu": ("shop.embed", "a GPU of type H100", "actor 0: A100"),
 }
 app = Celery("errors", backend="cache+memory://", set_as_current=False)
 
@@ -77,7 +78,7 @@ def test_exit_codes_are_drawn_unique_and_of_no_other_meaning():
 
 
 def test_only_what_time_can_heal_is_retryable():
-    assert {cls.__name__ for cls in ALL if cls.retryable} == {"GpuOutOfMemory", "ClusterUnavailable"}
+    assert {cls.__name__ for cls in ALL if cls.retryable} == {"GpuOutOfMemory", "NoSuitableGpu", "ClusterUnavailable"}
     assert all(not issubclass(cls, MemoryError) for cls in ALL), "it would end the Celery worker"
     assert issubclass(errors.GpuOutOfMemory, TaskError)
 

@@ -2,10 +2,13 @@
 
 import pytest
 
+from bridge.lines import TaskRule
 from bridge.scheduler import (
+    LEAD_S,
+    ActorBusy,
     ActorLost,
     ActorReady,
-    BatchRule,
+    ActorShort,
     Drop,
     IllegalTransition,
     Interrupt,
@@ -35,7 +38,7 @@ class Clock:
             self.do(ActorReady(actor))
 
     def do(self, event):
-        return self.scheduler.handle(event, self.now)
+        return self.scheduler.handle(event, now=self.now)
 
     def wait(self, name="tiny", rank=0, alone=False, token=None):
         self.tokens += 1
@@ -133,8 +136,7 @@ def test_an_unknown_task_does_not_join_known_ones():
     clock = Clock().knows("tiny", TINY_S)
     clock.hold()
     clock.wait("tiny", token="a"), clock.wait("new", token="b"), clock.wait("tiny", token="c")
-    assert tokens(clock.finish("held")) == [("a",), ("b",)]
-    assert tokens(clock.finish("a", "b")) == [("c",)]
+    assert tokens(clock.finish("held")) == [("a", "c"), ("b",)]
 
 
 def test_a_long_task_travels_alone():
@@ -142,9 +144,7 @@ def test_a_long_task_travels_alone():
     clock.hold()
     for token, name in [("a", "tiny"), ("b", "long"), ("c", "tiny")]:
         clock.wait(name, token=token)
-    assert tokens(clock.finish("held")) == [("a",), ("b",)]
-    clock.now += 1
-    assert tokens(clock.finish("a", "b")) == [("c",)]
+    assert tokens(clock.finish("held")) == [("a", "c"), ("b",)]
 
 
 def test_a_long_task_waits_for_a_free_actor_instead_of_in_a_queue():
@@ -161,7 +161,7 @@ def test_nothing_is_sent_behind_a_call_that_is_long_or_of_unknown_length(name):
     (call,) = clock.wait(name)
     clock.now += 1
     assert calls(clock.wait("tiny", token="a")) == calls(clock.wait("long", token="b")) == []
-    assert tokens(clock.finish(*call.tokens)) == [("a",), ("b",)]
+    assert tokens(clock.finish(*call.tokens, run_s=LONG_S)) == [("a",), ("b",)]
 
 
 def test_a_second_call_is_sent_behind_a_short_one():
@@ -202,8 +202,8 @@ def test_a_free_actor_comes_before_one_that_has_calls():
 
 def test_among_free_actors_the_one_with_the_shortest_queue_comes_first():
     clock = Clock(actors=0)
-    clock.do(ActorReady(0, queue_s=2.0))
-    clock.do(ActorReady(1, queue_s=0.5))
+    for actor, queue_s in [(0, 2.0), (1, 0.5)]:
+        clock.do(ActorReady(actor)), clock.do(ActorBusy(actor, queue_s))
     (call,) = clock.wait()
     assert call.actor == 1
 
@@ -243,14 +243,14 @@ def test_suspects_share_no_call():
         found = tokens(clock.finish(running.pop(0)))
         order += found
         running += [token for each in found for token in each]
-    assert order == [("a",), ("b",), ("c",), ("d",)]
+    assert order == [("a", "d"), ("b",), ("c",)]
 
 
 # ---- batches
 
 
 def batches(**options):
-    return {"many": BatchRule(**{"max_size": 4, "max_wait_s": 0.05, **options})}
+    return {"many": TaskRule(**{"max_size": 4, "max_wait_s": 0.05, **options})}
 
 
 def test_a_batch_waits_for_company_while_its_actor_is_idle():
@@ -373,8 +373,10 @@ def test_a_task_that_waited_too_long_can_be_named():
     clock.wait(token="a")
     clock.now += 10
     clock.wait(token="b")
-    assert clock.scheduler.waiting_since(clock.now - 5) == ["a"]
-    assert set(clock.scheduler.waiting_since(clock.now)) == {"a", "b"}
+    stranded = [(each.token, each.since) for each in clock.scheduler.stranded(clock.now)]
+    assert stranded == [("a", 100.0), ("b", 110.0)]
+    clock.do(ActorReady(0))
+    assert clock.scheduler.stranded(clock.now) == []
 
 
 # ---- what cannot happen
@@ -428,3 +430,237 @@ def test_in_a_stream_a_task_that_is_alone_by_chance_waits_for_company():
     assert not calls(clock.wait(token="second")), "alone, but less than a gap after the first"
     clock.now += RULES.call_gap_s
     assert tokens(clock.do(Tick())) == [("second",)]
+
+
+# ---- events that happen together
+
+
+def test_tasks_that_arrive_together_share_a_call():
+    clock = Clock().knows("tiny", TINY_S)
+    burst = [TaskWaiting(token, "tiny") for token in "abc"]
+    found = clock.scheduler.handle(*burst, now=clock.now)
+    assert tokens(found) == [("a", "b", "c")]
+
+
+def test_the_next_call_leaves_with_all_that_a_reply_has_freed():
+    clock = Clock(rules=RULES._replace(calls_outstanding=1)).knows("tiny", TINY_S)
+    clock.wait(token="a")
+    clock.wait(token="b"), clock.wait(token="c")
+    clock.now += 1
+    assert tokens(clock.scheduler.handle(TaskFinished("a", TINY_S), ActorBusy(0, 0.0), now=clock.now)) == [("b", "c")]
+
+
+# ---- long tasks one behind the other
+
+
+def steady(name="long", run_s=LONG_S, **options):
+    clock = Clock(**options)
+    for _ in range(3):
+        clock.knows(name, run_s)
+    return clock
+
+
+def test_the_next_long_task_leaves_just_before_the_foreseen_end_of_the_last():
+    clock = steady()
+    clock.wait("long")
+    ends_at = clock.now + LONG_S
+    clock.now += 0.1
+    assert clock.wait("long", token="next") == [WakeAt(ends_at - LEAD_S)]
+    clock.now = ends_at - LEAD_S
+    assert tokens(clock.do(Tick())) == [("next",)]
+    assert calls(clock.wait("long", token="third")) == [], "two are outstanding"
+
+
+def test_no_long_task_is_sent_behind_one_that_takes_longer_than_foreseen():
+    clock = steady()
+    clock.wait("long")
+    clock.now += LONG_S + 2 * LEAD_S
+    assert clock.wait("long", token="next") == []
+
+
+def test_no_long_task_is_sent_behind_one_whose_run_time_varies():
+    clock = Clock()
+    for run_s in (0.1, 2.0, 0.1, 2.0):
+        clock.knows("long", run_s)
+    clock.wait("long")
+    assert clock.wait("long", token="next") == []
+
+
+def test_a_short_task_is_never_sent_behind_a_long_one():
+    clock = steady().knows("tiny", TINY_S)
+    clock.wait("long")
+    clock.now += LONG_S - LEAD_S / 2
+    assert clock.wait("tiny", token="short") == []
+
+
+def test_an_idle_actor_is_preferred_to_one_that_will_soon_be_free():
+    clock = steady(actors=2)
+    clock.wait("long")
+    clock.now += LONG_S - LEAD_S / 2
+    (call,) = calls(clock.wait("long", token="next"))
+    assert call.actor == 1
+
+
+def test_long_and_short_tasks_mixed_leave_an_actor_to_the_short_ones():
+    clock = steady(actors=2).knows("tiny", TINY_S)
+    clock.wait("long")
+    clock.now += 0.1
+    ends = []
+    for _ in range(5):
+        (call,) = calls(clock.wait("tiny"))
+        ends.append(call.actor)
+        clock.finish(*call.tokens, run_s=TINY_S)
+        clock.now += 0.01
+    assert ends == [1] * 5
+
+
+# ---- shares of idle actors
+
+
+def test_work_is_shared_out_to_idle_actors():
+    clock = Clock(actors=4, rules=RULES._replace(call_gap_s=0.0)).knows("small", 0.001)
+    found = clock.scheduler.handle(*[TaskWaiting(f"s{n}", "small") for n in range(8)], now=clock.now)
+    assert sorted(call.actor for call in calls(found)) == [0, 1, 2, 3]
+    assert [len(call.tokens) for call in calls(found)] == [2, 2, 2, 2]
+
+
+def test_what_is_tiny_is_not_shared_out():
+    clock = Clock(actors=4).knows("tiny", TINY_S)
+    found = clock.scheduler.handle(*[TaskWaiting(f"s{n}", "tiny") for n in range(8)], now=clock.now)
+    assert tokens(found) == [tuple(f"s{n}" for n in range(8))]
+
+
+# ---- what a task needs
+
+
+def needs(**options):
+    return {"picky": TaskRule(**options)}
+
+
+def test_an_accelerator_is_waited_for():
+    clock = Clock(batches=needs(accelerator="H100"), actors=0)
+    clock.do(ActorReady(0, "A100"))
+    assert clock.wait("picky", token="a") == []
+    assert [each.token for each in clock.scheduler.stranded(clock.now)] == ["a"]
+    (call,) = calls(clock.wait("other"))
+    assert call.actor == 0, "others are not held up"
+    (call,) = clock.do(ActorReady(1, "H100"))
+    assert (call.actor, call.tokens) == (1, ("a",))
+
+
+def test_memory_that_no_actor_has_is_waited_for_and_unknown_memory_is_tried():
+    clock = Clock(batches=needs(memory_bytes=100), actors=0)
+    clock.do(ActorReady(0, memory_bytes=99))
+    assert clock.wait("picky", token="a") == []
+    (call,) = clock.do(ActorReady(1, memory_bytes=100))
+    assert call.actor == 1
+    unknown = Clock(batches=needs(memory_bytes=100))
+    assert calls(unknown.wait("picky"))
+
+
+def test_an_actor_that_is_short_of_memory_for_a_name_is_asked_again_when_it_is_heard_of():
+    clock = Clock(batches=needs(memory_bytes=100))
+    (call,) = clock.wait("picky")
+    short = ActorShort(0, "picky")
+    assert clock.scheduler.handle(TaskFinished(*call.tokens, None), short, TaskWaiting("again", "picky"), now=101) == []
+    assert calls(clock.wait("other")), "for others it has room"
+    clock.finish("t2")
+    clock.now += 1
+    assert tokens(clock.do(ActorReady(0))) == [("again",)]
+
+
+def test_tasks_for_streams_travel_together_and_with_no_others():
+    clock = Clock(batches=needs(streams=3)).knows("picky", LONG_S).knows("tiny", TINY_S)
+    clock.hold()
+    for name in ["picky"] * 4 + ["tiny"]:
+        clock.wait(name)
+    found = tokens(clock.finish("held", run_s=LONG_S))
+    while clock.scheduler.running:
+        clock.now += 1
+        found += tokens(clock.finish(next(iter(clock.scheduler._running)), run_s=LONG_S))
+    assert sorted(map(len, found)) == [1, 1, 3]
+    assert ("t8",) in found, "the tiny one"
+
+
+def test_an_actor_whose_device_has_the_residents_is_preferred():
+    clock = Clock(actors=3)
+    clock.do(ActorReady(2, warm_for=frozenset({"model"})))
+    (call,) = calls(clock.wait("model"))
+    assert call.actor == 2
+    clock.finish(*call.tokens, run_s=TINY_S)
+    (call,) = calls(clock.wait("other"))
+    assert call.actor == 0
+
+
+def test_a_warm_actor_that_others_keep_busy_is_not_waited_for():
+    clock = Clock(actors=2)
+    clock.do(ActorReady(1, warm_for=frozenset({"model"})))
+    clock.do(ActorBusy(1, 3.0))
+    (call,) = calls(clock.wait("model"))
+    assert call.actor == 0
+
+
+# ---- fairness
+
+
+def run_all(clock, seconds, run_s, until):
+    """Serve one actor until `until` tokens have left or `seconds` have passed; (time, token) of each start."""
+    started = []
+    for token in list(clock.scheduler._running):
+        clock.finish(token, run_s=run_s["held"])
+    end = clock.now + seconds
+    while clock.now < end and not until(started):
+        for token in list(clock.scheduler._running):
+            name = clock.scheduler._running[token][2]
+            started.append((clock.now, token, name))
+        running = [(token, clock.scheduler._running[token][2]) for token in clock.scheduler._running]
+        clock.now += sum(run_s[name] for _, name in running) or RULES.call_gap_s
+        clock.scheduler.handle(*[TaskFinished(token, run_s[name]) for token, name in running], Tick(), now=clock.now)
+    return started
+
+
+def test_names_get_equal_seconds_however_many_tasks_wait():
+    clock = Clock().knows("a", 0.05).knows("b", 0.1)
+    clock.hold()
+    for number in range(200):
+        clock.wait("a", token=f"a{number}")
+    for number in range(50):
+        clock.wait("b", token=f"b{number}")
+    run_s = {"a": 0.05, "b": 0.1, "held": 0.1}
+    started = run_all(clock, 4.0, run_s, lambda _: False)
+    seconds = {name: sum(run_s[name] for _, _, each in started if each == name) for name in "ab"}
+    assert seconds["a"] == pytest.approx(seconds["b"], rel=0.2)
+
+
+def test_who_was_away_has_no_claim_on_what_others_got_meanwhile():
+    clock = Clock().knows("a", 0.05).knows("b", 0.05)
+    for _ in range(100):
+        (call,) = calls(clock.wait("a"))
+        clock.now += 0.05
+        clock.finish(*call.tokens, run_s=0.05)
+    clock.hold()
+    for number in range(10):
+        clock.wait("a", token=f"a{number}"), clock.wait("b", token=f"b{number}")
+    started = run_all(clock, 10, {"a": 0.05, "b": 0.05, "held": 0.05}, lambda found: len(found) >= 10)
+    assert 3 <= sum(name == "a" for _, _, name in started) <= 7
+
+
+def test_nothing_starves_behind_better_priorities():
+    """The bound: `starve_after_s`, and what had starved before it."""
+    rules = RULES._replace(starve_after_s=1.0)
+    clock = Clock(rules=rules).knows("long", 0.1)
+    clock.hold()
+    clock.wait("long", rank=9, token="patient")
+    began, started = clock.now, []
+    for token in list(clock.scheduler._running):
+        clock.finish(token, run_s=0.1)
+    for number in range(100):
+        clock.wait("long", rank=0, token=f"urgent{number}a"), clock.wait("long", rank=0, token=f"urgent{number}b")
+        running = list(clock.scheduler._running)
+        started += running
+        if "patient" in running:
+            break
+        clock.now += 0.1
+        clock.scheduler.handle(*[TaskFinished(token, 0.1) for token in running], Tick(), now=clock.now)
+    assert "patient" in started
+    assert clock.now - began <= 1.0 + 3 * 0.1

@@ -1,0 +1,104 @@
+"""Finding a Ray cluster and joining it as a driver; Ray's errors become ours, in one line that says what to do."""
+
+import logging
+import signal
+import socket
+import threading
+from typing import NamedTuple
+
+import ray
+import ray.exceptions
+
+from bridge.auth import TOKEN_FILE, use_token
+from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError
+from bridge.places import nodes
+
+#: The head's port is probed with this deadline, in seconds.
+PROBE_S = 1.0
+
+
+class Connected(NamedTuple):
+    """This process is a driver of the cluster now, or the cluster has changed."""
+
+    address: str
+    ray_version: str
+    nodes: int
+    gpus: int
+    accelerators: tuple[str, ...]  # GPU models, as Ray names them
+
+
+def find_cluster(address: str | None) -> str:
+    """host:port of the Ray head: as given, or of the cluster `ray start` brought up on this host.
+
+    Raises:
+        ClusterNotFound: there is none here, or more than one.
+    """
+    if address:
+        return address
+    from ray._private import services  # Ray has no public way to ask for the address without connecting
+
+    services.find_gcs_addresses.cache_clear()  # or a cluster that comes up later is never seen
+    try:
+        return str(services.canonicalize_bootstrap_address_or_die("auto"))
+    except (ConnectionError, ValueError) as error:
+        text = str(error).partition(". ")[0]
+        raise ClusterNotFound(text[0].lower() + text[1:]) from error
+
+
+def connect(address: str, namespace: str) -> Connected:
+    """Make this process a driver of the cluster.
+
+    Raises:
+        ClusterNotFound, ClusterAuthFailed, ClusterMismatch: in one line that says what to do.
+    """
+    token = use_token()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
+    except Exception as error:
+        raise _connect_error(error, address, token) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray installs a handler of its own
+    return look(address)
+
+
+def _connect_error(error: Exception, address: str, token: str) -> StartupError:
+    text = " ".join(str(error).split())
+    if "Version mismatch" in text:
+        cluster, _, here = text.partition("This process")
+        return ClusterMismatch(
+            f"Ray or Python differ: cluster {_versions(cluster)}, this worker {_versions(here)}. "
+            "Use the same versions of both on every node and in the worker"
+        )
+    unauthenticated = any(word in text.lower() for word in ("auth", "token", "unauthenticated"))
+    if isinstance(error, ray.exceptions.AuthenticationError) or unauthenticated or answers(address):
+        used = f"the token from {token} was refused" if token else "no token was found"
+        return ClusterAuthFailed(
+            f"the Ray cluster at {address} did not let this worker in: {used}. Copy the head's token "
+            f"(`ray get-auth-token` there) to {TOKEN_FILE} with mode 0600, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
+    return ClusterNotFound(f"the Ray cluster at {address} does not answer: {text[:200]}")
+
+
+def _versions(text: str) -> str:
+    words = text.replace(":", " ").split()
+    found = [f"{key} {words[words.index(key) + 1]}" for key in ("Ray", "Python") if key in words]
+    return ", ".join(found) or text[:80]
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def look(address: str) -> Connected:
+    """The cluster as it is now."""
+    alive = nodes(ray.nodes())
+    models = sorted({node.accelerator for node in alive if node.accelerator and node.gpus})
+    return Connected(address, ray.__version__, len(alive), int(sum(node.gpus for node in alive)), tuple(models))

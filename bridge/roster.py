@@ -1,0 +1,87 @@
+"""In the driver: which actors take calls, and what the worker is told of the fleet. Knows neither tasks nor calls."""
+
+import logging
+import os
+import time
+from typing import Any
+
+from actors.contract import ActorState, Health
+from bridge.scheduler import ActorLost, ActorReady, Event
+
+logger = logging.getLogger(__name__)
+
+
+class Roster:
+    """One row per actor, as last heard of."""
+
+    def __init__(self, driver_id: str) -> None:
+        self.ready: set[int] = set()
+        self._driver_id = driver_id
+        self._cluster: dict[str, Any] | None = None
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def change(self, slot: int, health: Health | None, reason: str) -> list[Event]:
+        """An actor has given its account, or none, and `reason` says why; what that means to the scheduler."""
+        row = health._asdict() if health is not None else {**self._rows.get(slot, {}), "slot": slot, "state": "lost"}
+        self._rows[slot] = row | {"slot": slot, **({"reason": reason} if reason else {})}
+        if health is None or health.state is not ActorState.READY:
+            return self.lose(slot, reason or (health.reason if health else "")) if slot in self.ready else []
+        if slot not in self.ready:
+            logger.info("GPU actor %d is ready: %s on %s", slot, health.device.get("name"), health.node)
+        self.ready.add(slot)
+        return [_ready(slot, health)]
+
+    def lose(self, slot: int, reason: str) -> list[Event]:
+        """An actor takes no calls for now."""
+        if slot in self.ready:
+            logger.warning("GPU actor %d takes no calls: %s", slot, reason)
+        self.ready.discard(slot)
+        return [ActorLost(slot)]
+
+    def release(self, slot: int) -> list[Event]:
+        """An actor has ended because it had nothing to do."""
+        logger.info("GPU actor %d has ended: it had nothing to do", slot)
+        self.ready.discard(slot)
+        self._rows.pop(slot, None)
+        return [ActorLost(slot)]
+
+    def set_cluster(self, facts: dict[str, Any]) -> None:
+        """What is known of the cluster itself."""
+        self._cluster = facts
+
+    def describe(self) -> str:
+        """The ready actors in words, for an error about what none of them has."""
+        rows = [self._rows[slot] for slot in sorted(self.ready)]
+        return "; ".join(f"actor {row['slot']}: {_gpu(row)}" for row in rows) or "no actor is ready"
+
+    def report(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        report = {"driver": os.getpid(), "driver_id": self._driver_id, "actors": list(self._rows.values())}
+        return report if self._cluster is None else {**report, "cluster": self._cluster}
+
+
+class Alarm:
+    """Says when something is due that is done every so often; the loop asks it at each turn."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._last = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the time has come; the next one counts from here."""
+        now = time.monotonic()
+        if now - self._last < self._every_s:
+            return False
+        self._last = now
+        return True
+
+
+def _ready(slot: int, health: Health) -> ActorReady:
+    memory = int(health.memory_total_bytes * health.share)
+    return ActorReady(slot, health.accelerator, memory, frozenset(health.warm_for or ()))
+
+
+def _gpu(row: dict[str, Any]) -> str:
+    memory = row["memory_total_bytes"] * row["share"]
+    size = f", {memory / 2**30:.1f} GiB" if memory else ""
+    return f"{row['accelerator'] or 'of unknown type'}{size}"
