@@ -228,7 +228,9 @@ class ActorShell:
 
     def _end_if_idle(self) -> None:
         """An actor beyond those that always stay gives its GPU back: it takes no new calls and ends."""
-        if not self._entries and time.monotonic() - self._worked_at > self._limits.keep_idle_s:
+        if self._entries or any(child.ready is None for child in self._children.values()):
+            self._worked_at = time.monotonic()
+        elif time.monotonic() - self._worked_at > self._limits.keep_idle_s:
             self._closing = True
 
     def _start_children(self) -> None:
@@ -469,7 +471,6 @@ class ActorShell:
         answers = entry.deliver(self._limits.inline_bytes, self._running_tokens(entry), self._large)
         if entry.is_delivered:
             self._entries.pop(entry.call.id, None)
-            self._worked_at = time.monotonic()
         return Reply(answers, self._queue_s())
 
     def _running_tokens(self, entry: Entry) -> frozenset[str]:

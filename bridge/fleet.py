@@ -257,7 +257,7 @@ class Fleet:
             return
         waits = f"waits in Ray for {self._needs.share:g} GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
         for slot, known in list(self._slots.items()):
-            if not known.greeted and not self._belongs(known.place):
+            if not known.greeted and known.place.number >= self._bounds[known.place.accelerator].most:
                 continue  # its GPU has left the cluster
             self._ask(slot, known)
             if known.asked and time.monotonic() - known.heard_at > SILENT_S:

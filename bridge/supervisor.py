@@ -175,6 +175,8 @@ class DriverSupervisor:
                 name, text = self._start_error
                 raise getattr(errors, name, StartupError)(text)
             actors = self.report["actors"]
+            if "cluster" in self.report and self._settings.min_actors == 0:
+                return  # they come with the first task
             if any(actor["state"] == ActorState.READY for actor in actors):
                 return
             failed = [actor for actor in actors if actor.get("failed_starts", 0) >= 3]

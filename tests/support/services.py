@@ -108,7 +108,7 @@ class RedisServer(Process):
 class RayCluster(Process):
     """`ray start --head` as a user would, with logical GPUs."""
 
-    def __init__(self, folder, gpus=1, env=None, launcher=None, own_folder=True):
+    def __init__(self, folder, gpus=1, env=None, launcher=None, own_folder=True, options=()):
         # Ray puts sockets into its folder: the path must be short; its default is what `ray start` alone uses
         self.folder = tempfile.mkdtemp(prefix="t-", dir="/tmp") if own_folder else None
         self.port = free_port()
@@ -117,10 +117,24 @@ class RayCluster(Process):
             *(launcher or [sys.executable, "-m", "ray.scripts.scripts"]), "start", "--head", "--block",
             f"--port={self.port}", "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4",
             "--include-dashboard=false", "--include-log-monitor=false", "--object-store-memory=100000000",
-            *([f"--temp-dir={self.folder}"] if own_folder else []),
+            *([f"--temp-dir={self.folder}"] if own_folder else []), *options,
         ]  # fmt: skip
         env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", **(env or {})}
         super().__init__(command, Path(folder) / "ray.log", env=env)
+        self.says("Ray runtime started")
+
+
+class RayNode(Process):
+    """`ray start --address=...`: one more node of a cluster, on this machine."""
+
+    def __init__(self, folder, cluster, *options, gpus=1):
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.address}",
+            "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4", "--include-log-monitor=false",
+            "--object-store-memory=100000000", *options,
+        ]  # fmt: skip
+        env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+        super().__init__(command, Path(folder) / "node.log", env=env)
         self.says("Ray runtime started")
 
 
