@@ -53,7 +53,9 @@ def test_a_cpu_device_does_all_an_executor_asks_for():
     opened.synchronize()
     opened.free()
     assert opened.is_healthy()
-    assert opened.memory() == (0, 0)
+    opened.synchronize_all()
+    assert opened.memory(100) == (0, 0, 0), "unknown"
+    assert opened.pooled_bytes() == 0
     assert opened.describe().note == "why"
 
 
