@@ -37,7 +37,8 @@ class Admission:
             return runs
         if self._memory.free < needed_bytes:
             self._device.free()
-            self._residents.evict(keep, lambda: self._look() >= needed_bytes)
+            if self._look() + self._residents.evictable_bytes(keep) >= needed_bytes:  # or they would go for nothing
+                self._residents.evict(keep, lambda: self._look() >= needed_bytes)
         return min(runs, self._memory.free // needed_bytes)
 
     def refusal(self, needed_bytes: int) -> str:

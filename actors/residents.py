@@ -95,6 +95,11 @@ class Residents:
         """Whether `evict` would find anything."""
         return self._oldest(keep) is not None
 
+    def evictable_bytes(self, keep: Collection[str]) -> int:
+        """What `evict` could free."""
+        with self._lock:
+            return sum(held.size_bytes for held in self._held.values() if held.name not in keep)
+
     def sizes(self) -> dict[str, int]:
         """Bytes of each, by name."""
         with self._lock:

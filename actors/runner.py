@@ -286,10 +286,7 @@ class Runner:
         """Whether an error means too little memory; unused memory is given back then. A broken device ends us."""
         if not self._device.is_healthy(error):
             self._end_broken(error)
-        cause: BaseException | None = error
-        while cause is not None:  # its frames hold the body's arrays; their lines stay for the traceback
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__cause__ or cause.__context__
+        _clear_frames(error)
         if not self._device.is_out_of_memory(error):
             return False
         self._device.free()
@@ -376,6 +373,16 @@ def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:
         first.soft_limit_s,
         first.hard_limit_s,
     )
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of the arrays of the frames an error has come through; their lines stay, for the traceback."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and all(cause is not each for each in seen):
+        traceback.clear_frames(cause.__traceback__)
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _exit_code(error: BaseException | None) -> int:
