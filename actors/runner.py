@@ -100,22 +100,21 @@ class Runner:
             message = f"{task.name} is not a GPU task of the app imported on this node"
             yield Failed(task.token, FailureKind.UNKNOWN_TASK, "LookupError", message)
             return
-        left = dict.fromkeys([task.token])
+        left = {task.token: None}
         try:
-            items = self._open(loaded, tasks, index)
-            fitting = self._admission.admit(
-                loaded.memory_bytes, 1 if loaded.batch else len(items), self._used_by(loaded)
-            )
-            if fitting and not loaded.batch:
-                items = items[:fitting]
-            left = dict.fromkeys(item.token for item in items)
-            if not fitting:
+            opened = self._open(loaded, tasks, index)
+            items = self._admitted(loaded, opened) if loaded.memory_bytes else opened
+            if not items:
                 kind, message = FailureKind.NO_ROOM, self._admission.refusal(loaded.memory_bytes)
-                yield from (Failed(token, kind, kind.name, message) for token in left)
-                return
-            for outcome in self._run_items(loaded, items, index):
-                del left[outcome.token]
-                yield outcome
+                yield from (Failed(item.token, kind, kind.name, message) for item in opened)
+            elif loaded.batch is None and len(items) == 1:
+                yield self._run_alone(loaded, items[0], index)
+            else:
+                run = self._run_on_streams if loaded.batch is None else self._run_vectorised
+                left = dict.fromkeys(item.token for item in items)
+                for outcome in run(loaded, items, index):
+                    del left[outcome.token]
+                    yield outcome
         except Exception as error:  # around the bodies, not in them: a payload of classes this node does not have
             text = traceback.format_exc()
             message = f"{type(error).__name__}: {error}"
@@ -127,9 +126,11 @@ class Runner:
         A run is one range of the journal without a gap, or the wrong task would be blamed for a crash.
         """
         most = loaded.batch.max_size if loaded.batch else loaded.streams
+        if most == 1:
+            return [_Item(tasks[index].token, *pickle.loads(tasks[index].payload))]
         items: list[_Item] = []
-        for task in tasks[index : index + most]:
-            if items and (not _may_join(loaded, tasks[index], task) or self._journal.is_cancelled(index + len(items))):
+        for number, task in enumerate(tasks[index : index + most], index):
+            if number > index and (not _may_join(loaded, tasks[index], task) or self._journal.is_cancelled(number)):
                 break
             try:
                 items.append(_Item(task.token, *pickle.loads(task.payload)))
@@ -139,30 +140,29 @@ class Runner:
                 break
         return items
 
-    def _run_items(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> "Iterator[Outcome]":
+    def _admitted(self, loaded: LoadedTask, items: "list[_Item]") -> "list[_Item]":
+        """Those that may start now, together; what a vectorised body declares is for one run of it."""
         if loaded.batch:
-            return self._run_vectorised(loaded, items, first)
-        if len(items) > 1:
-            return self._run_on_streams(loaded, items, first)
-        return self._run_alone(loaded, items[0], first)
+            return items if self._admission.admit(loaded.memory_bytes, 1, self._used_by(loaded)) else []
+        return items[: self._admission.admit(loaded.memory_bytes, len(items), self._used_by(loaded))]
 
-    def _run_alone(self, loaded: LoadedTask, item: "_Item", first: int) -> Iterator[Outcome]:
-        result = self._guarded(_Run.of(loaded, item, first))
+    def _run_alone(self, loaded: LoadedTask, item: "_Item", first: int) -> Outcome:
+        result = self._guarded(loaded, loaded.call, item, first)
         if result.out_of_memory and loaded.may_run_twice:
             self._make_room(result.used)
-            result = self._guarded(_Run.of(loaded, item, first))
-        yield self._outcome(item.token, loaded, result, 1)
+            result = self._guarded(loaded, loaded.call, item, first)
+        return self._outcome(item.token, loaded, result, 1)
 
     def _run_vectorised(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
         pairs = [(item.args, item.kwargs) for item in items]
-        run = _Run(loaded, loaded.run_items, (pairs,), {}, items[0].context, items[0].token, first, len(items))
-        result = self._guarded(run)
+        result = self._guarded(loaded, loaded.run_items, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
             for item, value in zip(items, result.value, strict=True):
                 yield self._outcome(item.token, loaded, _share(shares, value), len(items))
-                shares = shares._replace(logs=(), wishes=b"")  # of all, told once
+                if shares.logs or shares.wishes:  # of all, told once
+                    shares = shares._replace(logs=(), wishes=b"")
             return
         if len(items) == 1 or not isinstance(result.error, Exception):
             yield from (self._outcome(item.token, loaded, result, len(items)) for item in items)
@@ -178,47 +178,31 @@ class Runner:
 
         One that runs out of memory while the others hold theirs has its second try, alone, when they are done.
         """
-        since = begun = time.monotonic_ns()
+        started = begun = time.monotonic_ns()
         launched: deque[tuple[_Item, Stream, _Result]] = deque()
         for count, (item, stream) in enumerate(zip(items, self._device.streams(len(items)), strict=True), 1):
             if count > 1 and self._journal.is_cancelled(first + count - 1):
                 break
             begun = time.monotonic_ns()
             with stream:
-                result = self._guarded(_Run.of(loaded, item, first)._replace(size=count, waits=False))
+                result = self._guarded(loaded, loaded.call, item, first, count, waits=False)
             launched.append((item, stream, result))
         del result  # or its arrays would stay until all have ended
         count, short = len(launched), []
         for index in range(first, first + count):
-            item, outcome, used = self._finish(loaded, *launched.popleft(), (first, count, begun), since)
-            since = time.monotonic_ns()
-            if outcome is not None:
-                yield outcome
-            else:
-                short.append((item, used, index))
+            item, stream, result = launched.popleft()
+            with stream:
+                result = self._awaited(stream, result, (first, count, begun))
+                if result.out_of_memory and loaded.may_run_twice:
+                    short.append((item, result.used, index))
+                    continue
+                share_s = (time.monotonic_ns() - started) / 1e9 / count
+                outcome = self._outcome(item.token, loaded, result._replace(run_s=share_s), 1)
+            del result
+            yield outcome
         for item, used, index in short:
             self._make_room(used)
-            yield self._outcome(item.token, loaded, self._guarded(_Run.of(loaded, item, index)), 1)
-
-    def _finish(
-        self,
-        loaded: LoadedTask,
-        item: "_Item",
-        stream: Stream,
-        result: "_Result",
-        run: tuple[int, int, int],
-        since_ns: int,
-    ) -> "tuple[_Item, Outcome | None, tuple[str, ...]]":
-        """The outcome of a launched body, None for one that is to run again, and the residents it has used.
-
-        Its time is that since the one before had ended: the times of a run's tasks together are the run's.
-        """
-        with stream:
-            result = self._awaited(stream, result, run)
-            if result.out_of_memory and loaded.may_run_twice:
-                return item, None, result.used
-            result = result._replace(run_s=(time.monotonic_ns() - since_ns) / 1e9)
-            return item, self._outcome(item.token, loaded, result, 1), result.used
+            yield self._outcome(item.token, loaded, self._guarded(loaded, loaded.call, item, index), 1)
 
     def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
         """A launched body's result when its stream has ended; a late error of the device is the body's."""
@@ -233,15 +217,15 @@ class Runner:
             sys.settrace(None)
         return result
 
-    def _guarded(self, run: "_Run") -> "_Result":
+    def _guarded(
+        self, loaded: LoadedTask, call: Any, item: "_Item", first: int, count: int = 1, waits: bool = True
+    ) -> "_Result":
         """Run a body with its request in place, interruptible; the device is idle again afterwards if it waits."""
-        task, context = run.loaded.task, run.context
-        request = Context(
-            context, args=type(context.get("args", []))(run.args), kwargs=run.kwargs, called_directly=False
-        )
+        task, args, context = loaded.task, item.args, item.context
+        request = Context(context, args=type(context.get("args", []))(args), kwargs=item.kwargs, called_directly=False)
         before = dict(vars(request))
         task.request_stack.push(request)
-        self._token = run.token
+        self._token = item.token
         celery_state._task_stack.push(task)
         self.close_connections()
         residents.shared.forget_touched()
@@ -249,7 +233,7 @@ class Runner:
         started = time.monotonic_ns()
         value, error = None, None
         try:
-            value = self._enter_body(run.call, run.args, run.kwargs, run.first, run.size, started, run.waits)
+            value = self._enter_body(call, args, item.kwargs, first, count, started, waits)
         except BaseException as raised:  # SystemExit and KeyboardInterrupt are the task's problem only
             error = raised
         finally:
@@ -260,17 +244,17 @@ class Runner:
             celery_state._task_stack.pop()
             task.request_stack.pop()
         run_s = (time.monotonic_ns() - started) / 1e9
-        result = _Result(value, error, False, run_s, residents.shared.touched())
+        used, wishes = residents.shared.touched(), b""
         try:
             self._wishes.add_traces(request, before)
-            result = result._replace(wishes=self._wishes.take())
+            wishes = self._wishes.take()
         except Exception as raised:  # it has asked for what cannot be sent
-            result = result._replace(value=None, error=error or raised)
+            value, error = None, error or raised
         self.close_connections()
-        if result.used or result.error is None:
-            self._note_used(run.loaded, result.used)
-        out_of_memory = result.error is not None and self._is_short_of_memory(result.error)
-        return result._replace(logs=self._logs.take(), out_of_memory=out_of_memory)
+        if used or error is None:
+            self._note_used(loaded, used)
+        out_of_memory = error is not None and self._is_short_of_memory(error)
+        return _Result(value, error, out_of_memory, run_s, used, self._logs.take(), wishes)
 
     def _enter_body(
         self, call: Any, args: Any, kwargs: Any, first: int, count: int, started_ns: int, waits: bool = False
@@ -334,25 +318,6 @@ class _Item(NamedTuple):
     args: Any
     kwargs: Any
     context: dict[str, Any]
-
-
-class _Run(NamedTuple):
-    """One run of a body, for tasks `first` to `first + size - 1` of the call."""
-
-    loaded: LoadedTask
-    call: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    context: dict[str, Any]
-    token: str
-    first: int
-    size: int = 1
-    waits: bool = True  # for the device, at its end
-
-    @classmethod
-    def of(cls, loaded: LoadedTask, item: _Item, first: int) -> "_Run":
-        """Of a body that takes one task."""
-        return cls(loaded, loaded.call, item.args, item.kwargs, item.context, item.token, first)
 
 
 class _Result(NamedTuple):
