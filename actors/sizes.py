@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
-from pydantic import ByteSize, TypeAdapter
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 #: How far down a value is searched for arrays: a model's layers hold blocks that hold weights.
 _DEPTH = 8
@@ -20,7 +20,10 @@ def read_bytes(text: str) -> int:
     Raises:
         ValueError: neither.
     """
-    return int(_BYTES.validate_python(text))
+    try:
+        return int(_BYTES.validate_python(text))
+    except ValidationError:
+        raise ValueError(f"{text!r} is no size: write bytes such as 8GiB, or a share such as 50%") from None
 
 
 def read_limit(text: str, whole_bytes: int) -> int | None:
@@ -31,9 +34,9 @@ def read_limit(text: str, whole_bytes: int) -> int | None:
     """
     if not text.endswith("%"):
         return read_bytes(text)
-    share = float(text[:-1])
+    share = float(text[:-1]) if text[:-1].replace(".", "", 1).isdigit() else 0.0
     if not 0 < share <= 100:
-        raise ValueError(f"{text} is no share: write 1% to 100%, or bytes such as 8GiB")
+        raise ValueError(f"{text!r} is no share: write 1% to 100%, or bytes such as 8GiB")
     return int(whole_bytes * share / 100) or None
 
 

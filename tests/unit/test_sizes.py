@@ -16,7 +16,7 @@ def test_bytes_are_read_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("text", ["much", "0%", "101%", "-5%", "x%", ""])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"such as 8GiB"):
         read_limit(text, 100)
 
 
