@@ -4,6 +4,7 @@ A GPU is asked once per call, and only for tasks that declare memory: within a c
 Where memory is unknown everything is admitted.
 """
 
+import gc
 from collections.abc import Collection
 
 from actors.device_api import Device, Memory
@@ -36,6 +37,7 @@ class Admission:
         if not self._memory.total:
             return runs
         if self._memory.free < needed_bytes:
+            gc.collect()  # errors and closures keep arrays in cycles
             self._device.free()
             if self._look() + self._residents.evictable_bytes(keep) >= needed_bytes:  # or they would go for nothing
                 self._residents.evict(keep, lambda: self._look() >= needed_bytes)

@@ -86,6 +86,19 @@ def test_what_does_not_fit_is_refused_with_numbers(admission, gpu):
     assert gpu.freed == 1, "unused memory of the pool was given back before"
 
 
+def test_arrays_in_cycles_are_let_go_before_a_refusal(admission, gpu):
+    class Array:
+        def __init__(self):
+            gpu.others, self.itself = 75 * KIB, self
+
+        def __del__(self):
+            gpu.others = 0
+
+    Array()
+    assert gpu.others
+    assert admission.admit(50 * KIB, 1, ()) == 1
+
+
 def test_the_refused_may_start_as_soon_as_there_is_room(admission, gpu):
     gpu.others = 75 * KIB
     assert admission.admit(50 * KIB, 1, ()) == 0
