@@ -332,12 +332,8 @@ class _Result(NamedTuple):
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:
     """Of the same name, and with the same limits on streams, where each body's time counts from its own start."""
-    if task.name != first.name:
-        return False
-    return loaded.batch is not None or (task.soft_limit_s, task.hard_limit_s) == (
-        first.soft_limit_s,
-        first.hard_limit_s,
-    )
+    same_limits = task.soft_limit_s == first.soft_limit_s and task.hard_limit_s == first.hard_limit_s
+    return task.name == first.name and (loaded.batch is not None or same_limits)
 
 
 def _clear_frames(error: BaseException) -> None:
