@@ -16,6 +16,9 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
 from actors.device import current_device
 from actors.sizes import array_bytes, readable
 
+#: Characters of a resident's name in health and logs; what is the same up to here is told as one.
+NAME_LENGTH = 200
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -78,6 +81,8 @@ class Residents:
             gone = [each for each in self._held if each.resident is resident and key in (None, each)]
             values = [self._held.pop(each) for each in gone]
             self.changes += len(values)
+        if values:
+            current_device().synchronize_all()
 
     def evict(self, keep: Collection[str], enough: Callable[[], bool] = lambda: False) -> None:
         """Forget values until `enough`, the least recently used first, none that `keep` names."""
@@ -207,7 +212,7 @@ class Resident(Generic[P, T]):
         if not self._signature.parameters:
             return self.name
         given = [*map(repr, key.args), *(f"{name}={value!r}" for name, value in key.kwargs)]
-        return f"{self.name}({', '.join(given)})"
+        return f"{self.name}({', '.join(given)})"[:NAME_LENGTH]
 
 
 @overload

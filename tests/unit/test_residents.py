@@ -183,6 +183,19 @@ def test_defaults_are_arguments_too(shared):
     assert names(shared.sizes()) == ["model('small', layers=2)", "model('small', layers=3)"]
 
 
+def test_long_arguments_do_not_make_long_names(shared):
+    model = resident(lambda text: text)
+    assert model("x" * 10_000) == "x" * 10_000
+    assert [len(name) for name in shared.sizes()] == [200]
+
+
+def test_nothing_is_dropped_while_the_device_may_read_it(shared, model, monkeypatch):
+    steps, gone = [], weakref.ref(model(80))
+    monkeypatch.setattr(CpuDevice, "synchronize_all", lambda self: steps.append(gone() is None))
+    model.drop(80)
+    assert steps == [False] and gone() is None
+
+
 def test_arguments_must_fit_and_be_hashable(model):
     with pytest.raises(TypeError, match="unhashable"):
         model([1])
