@@ -17,6 +17,7 @@ from actors.contract import (
     INTERRUPT_SIGNAL,
     Call,
     Config,
+    DeviceState,
     Failed,
     NotStarted,
     Outcome,
@@ -43,6 +44,8 @@ class Child:
         self.ready: Ready | None = None
         self.failed: NotStarted | None = None
         self.step = "starting"
+        self.device = DeviceState(0, 0, 0, {}, {})
+        self._touched: dict[str, tuple[str, ...]] = {}  # task's name -> residents its last body has used
         self.planned_end = ""  # why the actor itself ends it, else ""
         self.serial_to_end = 0  # the body a planned end is meant for
         self.journal = Journal.create()
@@ -101,6 +104,9 @@ class Child:
             self.ready = message
         elif isinstance(message, NotStarted):
             self.failed = message
+        elif isinstance(message, DeviceState):
+            self.device = message
+            self._touched = {**self._touched, **message.touched}
 
     def _unpack(self) -> Iterator[Any]:
         start = 0
@@ -125,6 +131,11 @@ class Child:
     def running(self) -> Running | None:
         """The body that runs now, or that ran when the executor died."""
         return self.journal.running()
+
+    def warm_for(self) -> tuple[str, ...]:
+        """Names of tasks whose last body has used residents, all of which are on the device now."""
+        held = self.device.residents
+        return tuple(name for name, used in self._touched.items() if used and all(each in held for each in used))
 
     def interrupt(self, serial: int, reason: Reason) -> None:
         """Raise inside the body with this serial; a body that has ended meanwhile is not touched."""

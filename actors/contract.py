@@ -146,12 +146,13 @@ class ActorState(StrEnum):
 
 
 class DeviceState(NamedTuple):
-    """What an executor holds on its device; bytes, 0 where unknown."""
+    """What an executor holds on its device, told when it has changed; bytes, 0 where unknown."""
 
     memory_used: int  # of the device, by all processes
     memory_total: int
     memory_free: int  # what the next body could have: free on the device and in the pool, and below the pool's limit
     residents: dict[str, int]  # name -> bytes
+    touched: dict[str, tuple[str, ...]]  # task's name -> residents its last body has used, where that is news
 
 
 class Health(NamedTuple):
@@ -245,8 +246,6 @@ class Asked(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The call has ended; `touched` are the residents that each task's body has used, by the task's name."""
+    """The call has ended."""
 
     call: str
-    device: DeviceState
-    touched: dict[str, tuple[str, ...]]

@@ -7,9 +7,14 @@ is called in the Celery worker, the driver or the actor: they never touch CUDA.
 import importlib
 import os
 import platform
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
+
+from actors.device_api import Device, DeviceInfo, DeviceUnusable, Memory, Stream
+from actors.pinned import PinnedCopies, is_worth_it
+from actors.sizes import read_bytes
 
 #: CUDA statuses after which the process must end (facts 1.6: CUDA's headers say "must be terminated and relaunched").
 FATAL_STATUSES = frozenset(
@@ -38,66 +43,23 @@ _REASONS = {
 }
 
 
-class DeviceInfo(NamedTuple):
-    """What a person and the scheduler need to know about a device; memory in bytes, 0 where unknown."""
-
-    kind: str  # "cuda" or "cpu"
-    name: str
-    memory_bytes: int
-    libraries: str
-    note: str  # why it is not a GPU, else ""
-
-
-class DeviceUnusable(Exception):
-    """CUDA was demanded and cannot be had; the text says why and what to do."""
-
-
-class Device(Protocol):
-    """What the executor needs of a device. All calls come from the executor's main thread."""
-
-    xp: Any
-
-    def describe(self) -> DeviceInfo:
-        """Model, memory and versions."""
-        ...
-
-    def warm_up(self) -> None:
-        """Pay every first-call cost now."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait for the work of this thread."""
-        ...
-
-    def is_healthy(self, error: BaseException | None = None) -> bool:
-        """Whether the context still works, after `error` came out of a body."""
-        ...
-
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether an exception means too little memory."""
-        ...
-
-    def free(self) -> None:
-        """Give unused pooled memory back."""
-        ...
-
-    def memory(self) -> tuple[int, int]:
-        """(used, total) bytes."""
-        ...
-
-
 class CpuDevice:
-    """NumPy on the CPU, through the same code path as a GPU."""
+    """NumPy on the CPU, through the same code path as a GPU.
+
+    With `memory_bytes` it stands for a GPU with so much memory, of which only residents and what bodies declare is
+    taken: a logical memory for a logical GPU, so that admission and eviction can be tried without one.
+    """
 
     xp: Any = numpy
 
-    def __init__(self, note: str) -> None:
+    def __init__(self, note: str, memory_bytes: int = 0) -> None:
         self._note = note
+        self._memory_bytes = memory_bytes
 
     def describe(self) -> DeviceInfo:
         """What a person sees: NumPy, and why it is not a GPU."""
         libraries = f"NumPy {numpy.__version__}, Python {platform.python_version()}"
-        return DeviceInfo("cpu", "NumPy on CPU", 0, libraries, self._note)
+        return DeviceInfo("cpu", "NumPy on CPU", self._memory_bytes, libraries, self._note)
 
     def warm_up(self) -> None:
         """Touch what the first task would otherwise load."""
@@ -105,6 +67,13 @@ class CpuDevice:
 
     def synchronize(self) -> None:
         """Nothing runs asynchronously here."""
+
+    def synchronize_all(self) -> None:
+        """Nothing runs asynchronously here."""
+
+    def streams(self, count: int) -> Sequence[Stream]:
+        """Streams on which everything is done at once."""
+        return [_CpuStream()] * count
 
     def is_healthy(self, error: BaseException | None = None) -> bool:
         """A CPU has no context that can break."""
@@ -117,16 +86,44 @@ class CpuDevice:
     def free(self) -> None:
         """Nothing is pooled here."""
 
-    def memory(self) -> tuple[int, int]:
-        """(used, total) bytes; a CPU device has no memory of its own."""
-        return 0, 0
+    def memory(self, resident_bytes: int) -> Memory:
+        """The logical memory; unknown without one."""
+        if not self._memory_bytes:
+            return Memory(0, 0, 0)
+        return Memory(resident_bytes, self._memory_bytes, max(0, self._memory_bytes - resident_bytes))
+
+    def pooled_bytes(self) -> int:
+        """Nobody counts what NumPy allocates."""
+        return 0
+
+    def to_device(self, array: Any) -> Any:
+        """The array itself, or a new one of what is none."""
+        return numpy.asarray(array)
+
+    def to_host(self, array: Any) -> Any:
+        """The array itself; one that a body has made with CuPy all the same is copied."""
+        return array.get() if is_device_array(array) else numpy.asarray(array)
+
+
+class _CpuStream:
+    """Everything is done at once."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 class CudaDevice:
     """One GPU through CuPy: context, memory pool with a limit, streams and probes."""
 
     def __init__(self, memory_limit: str) -> None:
-        os.environ.setdefault("CUPY_GPU_MEMORY_LIMIT", memory_limit)  # CuPy reads it when its pool is made
+        limit = memory_limit if memory_limit.endswith("%") else str(read_bytes(memory_limit))
+        os.environ.setdefault("CUPY_GPU_MEMORY_LIMIT", limit)  # CuPy reads it when its pool is made
         self._cupy = self.xp = importlib.import_module("cupy")
         self._runtime = self._cupy.cuda.runtime
         try:
@@ -137,6 +134,9 @@ class CudaDevice:
             self._runtime.free(0)  # creates the context here, where what can go wrong has a sentence
         except self._runtime.CUDARuntimeError as error:
             raise DeviceUnusable(_REASONS.get(error.status, str(error))) from error
+        self._pool = self._cupy.get_default_memory_pool()
+        self._streams: list[Stream] = []
+        self._copies = PinnedCopies(self._cupy)
 
     def describe(self) -> DeviceInfo:
         """GPU model, its memory, and the versions that matter in a bug report."""
@@ -167,6 +167,16 @@ class CudaDevice:
         """Wait for all work of this thread's stream; CUDA's late errors surface here."""
         self._cupy.cuda.get_current_stream().synchronize()
 
+    def synchronize_all(self) -> None:
+        """Wait for the work of every stream; CUDA's late errors surface here."""
+        self._runtime.deviceSynchronize()
+
+    def streams(self, count: int) -> Sequence[Stream]:
+        """Streams that do not wait for the default one; made once, because CuPy keeps freed memory per stream."""
+        while len(self._streams) < count:
+            self._streams.append(_CudaStream(self._cupy.cuda.Stream(non_blocking=True)))
+        return self._streams[:count]
+
     def is_healthy(self, error: BaseException | None = None) -> bool:
         """Probe the context without raising: a broken one stays broken until the process ends."""
         if type(error).__name__ in ("CUDARuntimeError", "CUDADriverError") and _status(error) in FATAL_STATUSES:
@@ -188,28 +198,71 @@ class CudaDevice:
 
     def free(self) -> None:
         """Give unused pool memory back to the device; the caller has dropped its references."""
-        self._cupy.get_default_memory_pool().free_all_blocks()
+        self._pool.free_all_blocks()
         self._cupy.get_default_pinned_memory_pool().free_all_blocks()
         self._cupy.fft.config.get_plan_cache().clear()
 
-    def memory(self) -> tuple[int, int]:
-        """(used, total) bytes of the device, all processes together."""
+    def memory(self, resident_bytes: int) -> Memory:
+        """Of the device, all processes together; residents are in the pool and counted with it."""
         free, total = self._runtime.memGetInfo()
-        return total - free, total
+        room, limit = free + self._pool.free_bytes(), self._pool.get_limit()
+        if limit:
+            room = min(room, limit - self._pool.used_bytes())
+        return Memory(total - free, total, max(0, room))
+
+    def pooled_bytes(self) -> int:
+        """What arrays of this process take in CuPy's pool."""
+        return int(self._pool.used_bytes())
+
+    def to_device(self, array: Any) -> Any:
+        """A CuPy array with the same contents; large ones through pinned memory, without waiting for the copy."""
+        if is_device_array(array):
+            return array
+        array = numpy.asarray(array)
+        if is_worth_it(array):
+            return self._copies.to_device(numpy.ascontiguousarray(array))
+        return self._cupy.asarray(array)
+
+    def to_host(self, array: Any) -> Any:
+        """A NumPy array with the same contents; large ones through pinned memory."""
+        if not is_device_array(array):
+            return numpy.asarray(array)
+        if isinstance(array, self._cupy.ndarray) and is_worth_it(array):
+            return self._copies.to_host(self._cupy.ascontiguousarray(array))
+        return array.get()
+
+
+class _CudaStream:
+    """CuPy's stream, with a Python frame around its waiting, so that a soft limit can end it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> Any:
+        return self._stream.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stream.__exit__(*error)
+
+    def synchronize(self) -> None:
+        """Wait for its work."""
+        self._stream.synchronize()
 
 
 _current: Device = CpuDevice("")
 
 
 def open_device(wanted: str, memory_limit: str) -> Device:
-    """Make this process's device: ``wanted`` is auto, cuda or cpu.
+    """Make this process's device: ``wanted`` is auto, cuda or cpu; a limit in bytes is a CPU device's logical memory.
 
     Raises:
         DeviceUnusable: ``cuda`` was demanded and cannot be had.
+        ValueError: `memory_limit` is neither bytes nor a share.
     """
     global _current
+    logical_bytes = 0 if memory_limit.endswith("%") else read_bytes(memory_limit)
     if wanted == "cpu":
-        _current = CpuDevice("BRIDGE_DEVICE=cpu")
+        _current = CpuDevice("BRIDGE_DEVICE=cpu", logical_bytes)
         return _current
     try:
         _current = CudaDevice(memory_limit)
@@ -217,7 +270,12 @@ def open_device(wanted: str, memory_limit: str) -> Device:
         reason = "CuPy is not installed here (extra 'cuda12' or 'cuda13')" if isinstance(error, ImportError) else error
         if wanted == "cuda":
             raise DeviceUnusable(str(reason)) from error
-        _current = CpuDevice(str(reason))
+        _current = CpuDevice(str(reason), logical_bytes)
+    return _current
+
+
+def current_device() -> Device:
+    """This process's device: NumPy until `open_device`."""
     return _current
 
 
@@ -230,6 +288,24 @@ def scipy_module(name: str) -> Any:
     """A SciPy submodule for the current device: ``scipy_module("ndimage")`` is cupyx.scipy.ndimage on a GPU."""
     package = "scipy" if _current.xp is numpy else "cupyx.scipy"
     return importlib.import_module(f"{package}.{name}")
+
+
+def to_device(array: Any) -> Any:
+    """The contents of an array, or of nested lists, as an array of `array_module()`; on NumPy no copy is made.
+
+    From 1 MiB on the copy goes through pinned memory and on while the host continues, in order with what the body
+    launches next: with ``Gpu(streams=n)`` it overlaps with other bodies' kernels. `array` may be changed afterwards.
+    """
+    return _current.to_device(array)
+
+
+def to_host(array: Any) -> Any:
+    """The contents of a device array as a NumPy array, complete when this returns; on NumPy no copy is made.
+
+    It waits for the kernels before it. A body with ``Gpu(streams=n)`` better returns its device arrays as they are:
+    the executor copies them in the same way, after all bodies of the group are launched.
+    """
+    return _current.to_host(array)
 
 
 def is_device_array(value: Any) -> bool:

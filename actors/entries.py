@@ -34,6 +34,7 @@ class Entry:
         self.softened: set[str] = set()  # running tasks to be interrupted as by their soft limit
         self.idle_deaths = 0  # executors that died with this call while no body ran
         self._soft_limit_hit: set[str] = set()  # tokens
+        self._soft_limit_told: set[str] = set()
         self._outcomes: dict[str, Outcome] = {}
         self._wishes: dict[str, list[bytes]] = {}  # what running bodies ask of Celery, in order
         self._undelivered = {task.token for task in call.tasks}
@@ -59,8 +60,10 @@ class Entry:
             self.changed.notify_all()
 
     def hit_soft_limit(self, tokens: Iterable[str]) -> None:
-        """Running bodies are interrupted by their soft limit."""
-        self._soft_limit_hit |= self._undelivered.intersection(tokens)
+        """Running bodies are interrupted by their soft limit; each is told once, however often its run is."""
+        news = self._undelivered.intersection(tokens) - self._soft_limit_told
+        self._soft_limit_told |= news
+        self._soft_limit_hit |= news
         self.changed.notify_all()
 
     def record(self, outcome: Outcome) -> TaskCall | None:

@@ -3,7 +3,8 @@
 Bodies run on the executor's main thread, so a signal reaches them in Python code, in sleep, locks and I/O. The handler
 raises at the first instruction outside logging, threading, import, queue and CuPy frames: an exception inside those
 would leave their locks held for ever (measured: after 11 interrupts of a body that logs). Each interrupt names the
-serial of the body it is meant for, so a late one is ignored.
+serial of the body it is meant for, so a late one is ignored. A resident's loader may take long and is the user's: it is
+interrupted, although the frame that called it is not.
 """
 
 import signal
@@ -16,6 +17,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from actors.contract import INTERRUPT_SIGNAL, Reason
 from actors.journal import Journal
+from actors.residents import _enter_loader
 
 #: Modules whose frames hold locks or half-made state; an interrupt waits until they are left.
 _SHIELDED = frozenset(
@@ -24,6 +26,8 @@ _SHIELDED = frozenset(
         *("importlib", "_frozen_importlib", "_frozen_importlib_external"),
     }
 )
+#: Ours of that kind.
+_OURS = ("actors.pinned", "actors.residents", "actors.wishes")
 
 
 class Cancelled(BaseException):
@@ -56,6 +60,8 @@ class Interrupter:
         safe: FrameType | None = frame
         current: FrameType | None = frame
         while current is not None and current.f_code is not self._entry:
+            if current.f_code is _enter_loader.__code__ and safe is not current:
+                return safe  # its caller, which holds a lock, lets go of it when the exception comes by
             if _is_shielded(current):
                 safe = current.f_back
             current = current.f_back
@@ -83,7 +89,7 @@ class Interrupter:
 
 def _is_shielded(frame: FrameType) -> bool:
     module = str(frame.f_globals.get("__name__", ""))
-    return module.partition(".")[0] in _SHIELDED or module in ("actors.residents", "actors.wishes")
+    return module.partition(".")[0] in _SHIELDED or module in _OURS
 
 
 def _waits(frame: FrameType) -> bool:

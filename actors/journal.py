@@ -19,6 +19,8 @@ from actors.contract import MAX_TASKS
 AREA_BYTES = 1 << 20
 
 _RUNNING = struct.Struct("<qiiq")  # serial, first, count, started_ns
+_SERIAL = struct.Struct("<q")
+_RANGE = struct.Struct("<iiq")  # what follows the serial
 _USED = struct.Struct("<q")
 _WANTED = struct.Struct("<qi")
 _LENGTH = struct.Struct("<I")
@@ -61,15 +63,19 @@ class Journal:
     # the executor writes
 
     def begin(self, first: int, count: int, now_ns: int) -> int:
-        """Note that a body starts; returns the serial that interrupts must name."""
+        """Note that a body starts; returns the serial that interrupts must name.
+
+        While tasks run that have no outcome yet, such as launched ones, the range must cover them: it then changes in
+        place, so that at no moment nobody seems to run.
+        """
         self._serial += 1
-        _RUNNING.pack_into(self._map, 0, 0, first, count, now_ns)
-        struct.pack_into("<q", self._map, 0, self._serial)
+        _RANGE.pack_into(self._map, _SERIAL.size, first, count, now_ns)
+        _SERIAL.pack_into(self._map, 0, self._serial)
         return self._serial
 
     def end(self) -> None:
         """Note that no body runs."""
-        struct.pack_into("<q", self._map, 0, 0)
+        _SERIAL.pack_into(self._map, 0, 0)
 
     def append(self, outcome: bytes) -> bool:
         """Keep an outcome of the current call; False when there is no room left."""

@@ -15,7 +15,7 @@ from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
 from actors.contract import Failed, FailureKind
-from actors.device import is_device_array
+from actors.device import is_device_array, to_host
 from actors.exceptions import dumps
 from actors.interrupt import Cancelled
 from actors.wishes import ReplaceWanted, RetryWanted
@@ -35,7 +35,7 @@ def plain(value: Any, keep_models: bool) -> Any:
     if isinstance(value, list | set | frozenset):
         return type(value)([plain(item, keep_models) for item in value])
     if is_device_array(value):
-        value = value.get()
+        value = to_host(value)
     if isinstance(value, numpy.ndarray | numpy.generic):
         return value.tolist()
     if isinstance(value, BaseModel) and not keep_models:

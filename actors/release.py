@@ -25,18 +25,27 @@ logger = logging.getLogger(__name__)
 class LoadedTask:
     """One task as the executor runs it."""
 
-    __slots__ = ("_has_call", "batch", "call", "keeps_models", "name", "task")
+    __slots__ = ("_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "streams", "task")
 
     def __init__(self, task: Any, wishes: Wishes) -> None:
         body = innermost(task)
         self.name: str = task.name
         self.task = task
         self.batch: Batch | None = batch_of(body)
+        gpu = getattr(task, "gpu", None)  # True, a `Gpu`, or None for a task that a setting has marked
+        self.memory_bytes = int(getattr(gpu, "memory", None) or 0)
+        self.streams: int = 1 if self.batch else getattr(gpu, "streams", 1)
+        self.example: tuple[Any, ...] | None = getattr(gpu, "example", None)
         self.keeps_models = is_pydantic(task)  # Celery's wrapper dumps them, in the driver
         task.run = body
         wishes.install(task)
         self._has_call = has_custom_call(task)
         self.call: Callable[..., Any] = task if self._has_call else body
+
+    @property
+    def may_run_twice(self) -> bool:
+        """Only with late acknowledgement, and not when the task says no to redelivery."""
+        return bool(self.task.acks_late) and self.task.reject_on_worker_lost is not False
 
     def run_items(self, items: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         """One run of the vectorised body for (args, kwargs) pairs; a custom ``__call__`` surrounds it, once."""

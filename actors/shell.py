@@ -76,7 +76,6 @@ class ActorShell:
         self._interrupted: dict[int, float] = {}  # serial of the running body -> when last signalled
         self._tally = Tally()
         self._generation = 0
-        self._device = DeviceState(0, 0, 0, {})
         self._heard_at = self._replied_at = self._worked_at = time.monotonic()
         self._closing = False
         self._wake_read, self._wake_write = os.pipe()
@@ -325,7 +324,6 @@ class ActorShell:
             entry.ask(message.token, message.wishes)
         self._take(entry, child, [message] if is_outcome(message) else [])
         if isinstance(message, Done):
-            self._device = message.device
             self._finish_call(child)
 
     def _read_rest(self, child: Child) -> None:
@@ -484,6 +482,7 @@ class ActorShell:
     def _health(self, release: str) -> Health:
         child = self._children.get(release)
         ready = child.ready if child else None
+        device = child.device if child else DeviceState(0, 0, 0, {}, {})
         if self._closing:
             state, reason = ActorState.DRAINING, "finishes what it has, then ends"
         elif ready is not None:
@@ -513,11 +512,11 @@ class ActorShell:
             queued=sum(len(entry.todo) for entry in self._queue),
             running=self._running_name(),
             by_task=self._tally.by_task(),
-            memory_used_bytes=self._device.memory_used,
-            memory_total_bytes=self._device.memory_total,
-            memory_free_bytes=self._device.memory_free,
-            residents=self._device.residents,
-            warm_for=(),
+            memory_used_bytes=device.memory_used,
+            memory_total_bytes=device.memory_total,
+            memory_free_bytes=device.memory_free,
+            residents=device.residents,
+            warm_for=child.warm_for() if child else (),
             accelerator=self._accelerator,
             share=self._limits.share,
         )

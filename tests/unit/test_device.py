@@ -53,8 +53,30 @@ def test_a_cpu_device_does_all_an_executor_asks_for():
     opened.synchronize()
     opened.free()
     assert opened.is_healthy()
-    assert opened.memory() == (0, 0)
+    opened.synchronize_all()
+    assert opened.memory(100) == (0, 0, 0), "unknown"
+    assert opened.pooled_bytes() == 0
     assert opened.describe().note == "why"
+
+
+def test_a_limit_in_bytes_is_the_logical_memory_of_a_cpu_device():
+    opened = open_device("cpu", "8GiB")
+    assert opened.describe().memory_bytes == 8 << 30
+    assert opened.memory(3 << 30) == (3 << 30, 8 << 30, 5 << 30)
+    assert opened.memory(9 << 30).free == 0
+    assert open_device("cpu", "90%").describe().memory_bytes == 0
+
+
+def test_a_limit_that_is_none_is_refused():
+    with pytest.raises(ValueError):
+        open_device("cpu", "much")
+
+
+def test_streams_of_a_cpu_do_all_at_once():
+    first, second = CpuDevice("").streams(2)
+    with first, second:
+        pass
+    first.synchronize()
 
 
 def test_out_of_memory_on_a_cpu():
@@ -134,6 +156,9 @@ def test_the_memory_limit_is_set_before_cupy_reads_it(cupy, monkeypatch):
     monkeypatch.setenv("CUPY_GPU_MEMORY_LIMIT", "1073741824")
     open_device("auto", "77%")
     assert os.environ["CUPY_GPU_MEMORY_LIMIT"] == "1073741824", "the user's own comes first"
+    monkeypatch.delenv("CUPY_GPU_MEMORY_LIMIT")
+    open_device("auto", "8GiB")
+    assert os.environ["CUPY_GPU_MEMORY_LIMIT"] == str(8 << 30), "CuPy reads no units"
 
 
 # ---- which errors mean what
@@ -216,6 +241,46 @@ def test_a_broken_context_is_seen_without_raising(status):
 
 def test_a_late_error_is_seen_by_waiting_for_it():
     assert not healthy(600, RuntimeError("cudaErrorIllegalAddress"))
+
+
+# ---- memory, with a pool the test holds
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "pooled", "free"),
+    [
+        (0, 30, 10, 60),  # no limit: free on the device (50), and unused in the pool (10)
+        (90, 30, 10, 60),  # a limit that does not bind
+        (80, 30, 10, 50),
+        (80, 90, 10, 0),  # a limit lowered since
+    ],
+)
+def test_a_body_can_have_what_is_free_on_the_device_and_in_the_pool_below_its_limit(limit, used, pooled, free):
+    opened = cuda()
+    opened._runtime = types.SimpleNamespace(memGetInfo=lambda: (50, 100))
+    opened._pool = types.SimpleNamespace(get_limit=lambda: limit, used_bytes=lambda: used, free_bytes=lambda: pooled)
+    assert opened.memory(12345) == (50, 100, free)
+    assert opened.pooled_bytes() == used
+
+
+def test_the_real_pool_answers_these_questions(cupy):
+    pool = cupy.get_default_memory_pool()
+    assert all(callable(getattr(pool, name)) for name in ("get_limit", "used_bytes", "free_bytes", "free_all_blocks"))
+
+
+def test_streams_are_made_once_and_do_not_wait_for_the_default_one():
+    made = []
+    opened = cuda()
+    opened._streams = []
+
+    def stream(non_blocking):
+        made.append(non_blocking)
+        return types.SimpleNamespace(synchronize=lambda: None, number=len(made))
+
+    opened._cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(Stream=stream))
+    two, three = opened.streams(2), opened.streams(3)
+    assert made == [True] * 3 and list(three[:2]) == list(two)
+    two[0].synchronize()
 
 
 def test_cupys_arrays_are_told_by_their_class(cupy):

@@ -101,6 +101,18 @@ def test_what_a_running_body_asks_leaves_once_and_before_its_outcome():
     assert found[:2] == (Pending("a1", True, (b"three",)), succeeded("a1"))
 
 
+def test_a_soft_limit_is_told_once_for_each_task():
+    """A run of several is interrupted once for each body that goes on."""
+    entry = make("a1", "a2")
+    entry.hit_soft_limit(["a1"])
+    entry.hit_soft_limit(["a1"])
+    found = entry.deliver(100, frozenset(["a1", "a2"]), {})
+    assert found == (Pending("a1", True, (), True), Pending("a2", True, (), False))
+    entry.hit_soft_limit(["a1", "a2"])
+    found = entry.deliver(100, frozenset(["a1", "a2"]), {})
+    assert found == (Pending("a1", True, (), False), Pending("a2", True, (), True))
+
+
 def test_news_wake_who_waits():
     lock = threading.RLock()
     entry = Entry(call("a1"), lock)

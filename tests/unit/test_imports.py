@@ -41,6 +41,7 @@ def test_the_executor_loads_no_ray_before_the_app_does():
 
 def test_the_public_names_are_these():
     names = ["Gpu", "array_module", "batched", "errors", "executor_init", "resident", "scipy_module"]
+    names += ["to_device", "to_host"]
     assert sorted(bridge.__all__) == names
     assert all(getattr(bridge, name) is not None for name in bridge.__all__)
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
+from actors import residents
 from actors.contract import INTERRUPT_SIGNAL, Reason
 from actors.interrupt import Cancelled, Interrupter
 from actors.journal import Journal
@@ -253,3 +254,75 @@ def test_a_body_whose_last_act_is_a_log_call_is_interrupted_or_done_but_nobody_e
 
     assert isinstance(executor.run(body), SoftTimeLimitExceeded)
     assert executor.run(lambda: "next") == "next"
+
+
+# ---- residents
+
+
+@pytest.fixture
+def no_residents(monkeypatch):
+    monkeypatch.setattr(residents, "_registry", [])
+    monkeypatch.setattr(residents, "shared", residents.Residents())
+
+
+def test_a_loader_is_interrupted_and_its_resident_is_loaded_at_the_next_use(executor, no_residents):
+    after = []
+
+    @residents.resident
+    def model():
+        if not after:
+            after.append("interrupted")
+            executor.interrupt()
+            after.append("went on")
+        return "loaded"
+
+    assert type(executor.run(model)) is SoftTimeLimitExceeded
+    assert after == ["interrupted"]
+    found = []
+    other = threading.Thread(target=lambda: found.append(model()), daemon=True)
+    other.start()
+    other.join(10)
+    assert found == ["loaded"], "the lock is free, for other threads too"
+
+
+def test_a_loader_that_logs_is_interrupted_after_the_log_call(executor, logger, no_residents):
+    after = []
+
+    @residents.resident
+    def model():
+        logger.warning("x")
+        after.append(1)
+
+    assert type(executor.run(model)) is SoftTimeLimitExceeded
+    assert logger.handlers[0].finished == 1
+    assert after == []
+
+
+class Interrupting:
+    """Interrupts the body while a resident is looked up."""
+
+    def __init__(self, executor):
+        self.executor, self.seen = executor, 0
+
+    def __hash__(self):
+        self.executor.interrupt()
+        self.seen += 1
+        return 1
+
+
+def test_bookkeeping_of_residents_is_finished_before_the_body_is_interrupted(executor, no_residents):
+    loads, after = [], []
+    argument = Interrupting(executor)
+
+    @residents.resident
+    def model(argument):
+        loads.append(argument)
+
+    def body():
+        model(argument)
+        after.append(1)
+
+    assert type(executor.run(body)) is SoftTimeLimitExceeded
+    assert loads == [argument] and argument.seen >= 2, "looked up, loaded and kept"
+    assert after == []
+    assert list(residents.shared.sizes()), "kept"

@@ -1,0 +1,96 @@
+"""What the executor needs of a device, whichever it is; `actors/device.py` has the two that there are."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class DeviceInfo(NamedTuple):
+    """What a person and the scheduler need to know about a device; memory in bytes, 0 where unknown."""
+
+    kind: str  # "cuda" or "cpu"
+    name: str
+    memory_bytes: int
+    libraries: str
+    note: str  # why it is not a GPU, else ""
+
+
+class Memory(NamedTuple):
+    """A device's memory in bytes; all 0 where it is unknown."""
+
+    used: int  # by all processes
+    total: int
+    free: int  # what a body could have now: free on the device and in the pool, and below the pool's limit
+
+
+class Stream(Protocol):
+    """Work launched within ``with stream:`` is in order, and beside that of other streams."""
+
+    def __enter__(self) -> Any:
+        """Make it current."""
+        ...
+
+    def __exit__(self, *error: Any) -> None:
+        """Make the one before it current again."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for its work; CUDA's late errors surface here."""
+        ...
+
+
+class DeviceUnusable(Exception):
+    """CUDA was demanded and cannot be had; the text says why and what to do."""
+
+
+class Device(Protocol):
+    """What the executor needs of a device. All calls come from the executor's main thread."""
+
+    xp: Any
+
+    def describe(self) -> DeviceInfo:
+        """Model, memory and versions."""
+        ...
+
+    def warm_up(self) -> None:
+        """Pay every first-call cost now."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the work of this thread."""
+        ...
+
+    def synchronize_all(self) -> None:
+        """Wait for the work of every stream."""
+        ...
+
+    def streams(self, count: int) -> Sequence[Stream]:
+        """The first `count` of the streams that bodies may share."""
+        ...
+
+    def is_healthy(self, error: BaseException | None = None) -> bool:
+        """Whether the context still works, after `error` came out of a body."""
+        ...
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an exception means too little memory."""
+        ...
+
+    def free(self) -> None:
+        """Give unused pooled memory back."""
+        ...
+
+    def memory(self, resident_bytes: int) -> Memory:
+        """Its memory, of which residents take `resident_bytes`; asking a GPU takes time, so not for every task."""
+        ...
+
+    def pooled_bytes(self) -> int:
+        """What this process has allocated on the device, 0 where nobody counts."""
+        ...
+
+    def to_device(self, array: Any) -> Any:
+        """An array of `xp` with the same contents."""
+        ...
+
+    def to_host(self, array: Any) -> Any:
+        """A NumPy array with the same contents, complete when this returns."""
+        ...
