@@ -74,6 +74,11 @@ class Mark(BaseModel):
     batch: Batch | None
     configured: bool  # marked by BRIDGE_GPU_TASKS, so the code knows nothing of the bridge
 
+    @property
+    def meets_others(self) -> bool:
+        """Whether tasks of this name share runs of their body."""
+        return self.batch is not None or self.gpu.streams > 1
+
 
 def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]:
     """The GPU tasks among an app's `tasks`, by name.

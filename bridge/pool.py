@@ -15,12 +15,13 @@ from kombu.utils.imports import symbol_by_name
 from bridge import control  # noqa: F401 - registers remote commands
 from bridge.banner import Progress, gpu_banner
 from bridge.consumer import hybrid_autoscaler, hybrid_consumer
+from bridge.drivers import Drivers
 from bridge.errors import StartupError, TransportUnsupported
 from bridge.marks import MAPS, find_marks, is_gpu
 from bridge.settings import settings
-from bridge.supervisor import DriverSupervisor, GpuRequest
+from bridge.supervisor import GpuRequest
 
-#: Default for BRIDGE_GPU_SLOTS; a larger batch raises it to twice its size, or batches would never fill.
+#: Default for BRIDGE_GPU_SLOTS, per driver; a larger batch raises it to twice its size, or batches would never fill.
 DEFAULT_SLOTS = 32
 #: While draining, timers and acknowledgements are served at least this often, in seconds.
 DRAIN_EVERY_S = 0.5
@@ -39,9 +40,9 @@ class HybridPool(TaskPool):
         except StartupError as error:
             refuse(error)
         largest = max((mark.batch.max_size for mark in self.marks.values() if mark.batch), default=0)
-        self.gpu_slots = self.settings.gpu_slots or max(DEFAULT_SLOTS, 2 * largest)
+        self.gpu_slots = self.settings.gpu_slots or max(DEFAULT_SLOTS * self.settings.drivers, 2 * largest)
         hostname = (self.options.get("initargs") or (None, "celery"))[1]
-        self.gpu = DriverSupervisor(self.app, hostname, self.settings)
+        self.gpu = Drivers(self.app, hostname, self.settings, self.marks)
         self._hub: Any = None
 
     # ---- start and stop
@@ -168,7 +169,8 @@ class HybridPool(TaskPool):
             "nodes": report.get("cluster", {}).get("nodes", 0),
             "gpus": report.get("cluster", {}).get("gpus", 0),
             "ray": report.get("cluster", {}).get("ray_version", ""),
-            "driver": self.gpu.pid,
+            "driver": self.gpu.pids[0],
+            "drivers": self.gpu.pids,
             "slots": self.gpu_slots,
             "in_flight": self.gpu.in_flight,
             "running": self.gpu.running,

@@ -21,8 +21,8 @@ _ENVIRONMENT = ("CELERY_*", "DJANGO_*", "FLASK_*")
 _NOT_ENVIRONMENT = ("CELERY_LOG_*", "CELERY_APP", "CELERY_CUSTOM_WORKER_POOL")
 
 
-def make_config(app: Any, tasks: Iterable[str], settings: Settings) -> Config:
-    """What an executor needs to run `tasks` of `app` as this process would.
+def make_config(app: Any, tasks: Iterable[str], settings: Settings, share: float = 1.0) -> Config:
+    """What an executor needs to run `tasks` of `app` as this process would, on a `share` of a GPU.
 
     Raises:
         AppNotImportable: the app is not an attribute of any imported module.
@@ -30,11 +30,19 @@ def make_config(app: Any, tasks: Iterable[str], settings: Settings) -> Config:
     return Config(
         release=_release(app, tuple(sorted(tasks)), settings),
         device=settings.device,
-        memory_limit=settings.gpu_memory_limit,
+        memory_limit=_share_of(settings.gpu_memory_limit, share),
         log_level=logging.getLogger().level or logging.WARNING,
         log_limit_bytes=settings.log_limit_bytes,
-        resident_limit=settings.resident_limit,
+        resident_limit=_share_of(settings.resident_limit, share),
     )
+
+
+def _share_of(limit: str, share: float) -> str:
+    """A limit in percent counts for what the actor reserves of the GPU; one in bytes is meant as it stands."""
+    try:
+        return f"{float(limit.removesuffix('%')) * share:g}%" if limit.endswith("%") else limit
+    except ValueError:
+        return limit  # the executor says what is wrong with it
 
 
 def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:

@@ -35,7 +35,11 @@ class Settings(BaseSettings):
         None, ge=1, description="GPU tasks one worker holds at once; default 32, or twice the largest batch"
     )
     max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
-    gpu_memory_limit: str = Field("90%", description="limit of CuPy's memory pool: bytes, or a share such as 90%")
+    gpu_memory_limit: str = Field(
+        "90%",
+        description="limit of CuPy's memory pool: bytes such as 8GiB, or a share of what the actor reserves, such as "
+        "90%; bytes give a NumPy device a memory of that size, for tests",
+    )
     resident_limit: str = Field(
         "50%", description="what residents may hold on a device together: bytes such as 8GiB, or a share such as 50%"
     )

@@ -61,8 +61,9 @@ STOP_S = 5.0
 class GpuRequest:
     """A GPU task in the worker's hands, from `apply_async` to its answer; Celery keeps only a weak reference."""
 
-    def __init__(self, run: Run, callbacks: dict[str, Any], cancel: Callable[["GpuRequest", int], None]) -> None:
+    def __init__(self, run: Run, callbacks: dict[str, Any], supervisor: "DriverSupervisor") -> None:
         self.run = run
+        self.supervisor = supervisor  # of the driver it goes to
         self.accepted = False  # its call is with an actor
         self.announced = False  # Celery has been told so, once
         self.cancelled = False  # Celery does not want it any more
@@ -72,18 +73,18 @@ class GpuRequest:
         self.on_end: Callable[[], None] = _nothing
         self.on_given_back: Callable[[], None] | None = None  # wanted back: called if it has not started
         self.callbacks = callbacks
-        self._cancel = cancel
 
     def terminate(self, signum: int) -> None:
         """Cancel this one task; called by Celery on revoke and on cold shutdown, also from signal handlers."""
         self.cancelled = True
-        self._cancel(self, signum)
+        self.supervisor.cancel(self, signum)
 
 
 class DriverSupervisor:
     """One driver process and the requests it has."""
 
-    def __init__(self, app: Any, hostname: str, settings: Settings) -> None:
+    def __init__(self, app: Any, hostname: str, settings: Settings, label: str = "GpuDriver") -> None:
+        self._label = label  # its processes' name, in logs
         self._app = app
         self._config: Config | None = None
         self._hostname = hostname
@@ -110,20 +111,20 @@ class DriverSupervisor:
 
     # ---- life cycle
 
-    def start(self, tasks: Iterable[str]) -> None:
-        """Start the first driver for these GPU tasks; it connects in the background.
+    def start(self, tasks: Iterable[str], share: float) -> None:
+        """Start the first driver for these GPU tasks; it connects in the background. Actors reserve `share` of a GPU.
 
         Raises:
             AppNotImportable: an executor could not import the app.
         """
         # Once: this worker's code is what it has imported by now, whatever a deploy puts on the disk later.
-        self._config = make_config(self._app, tasks, self._settings)
+        self._config = make_config(self._app, tasks, self._settings, share)
         self._start()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._starts += 1
-        name = f"GpuDriver-{self._starts}"
+        name = f"{self._label}-{self._starts}"
         self._process = billiard.Process(
             target=driver.main,
             args=(self._app, self._hostname, theirs, name, self._config, self._driver_id, self._starts == 1),
@@ -195,14 +196,17 @@ class DriverSupervisor:
 
     def stop(self) -> None:
         """End the driver; it leaves its actors warm."""
-        self._stopping = True
-        if self._process is None:
-            return
-        if self._link is not None and not self._busy:
+        self.say_stop()
+        if self._process is not None:
+            self._process.join(STOP_S)
+            self.kill()
+
+    def say_stop(self) -> None:
+        """Tell the driver to end, and wait for nothing."""
+        if not self._stopping and self._link is not None and not self._busy:
             self._link.send(Stop())
-            self._flush()  # the event loop, which flushes otherwise, has ended
-        self._process.join(STOP_S)
-        self.kill()
+            self.flush()  # the event loop, which flushes otherwise, has ended
+        self._stopping = True
 
     def restart(self) -> None:
         """Start another driver when what has started is finished; what has not, and what comes, waits for it."""
@@ -252,25 +256,26 @@ class DriverSupervisor:
         """Whether `serve` may be called here: not from a signal handler that interrupted this object."""
         return not self._busy
 
-    def serve(self, timeout_s: float, also: list[int]) -> list[int]:
-        """Outside the event loop: wait for the link or one of `also`; returns which of those can be read."""
+    @property
+    def is_linked(self) -> bool:
+        """Whether there is a driver to read from; then `fileno` may be polled."""
+        return self._link is not None
+
+    def fileno(self) -> int:
+        """The link's descriptor."""
+        return self._link.fileno() if self._link is not None else -1
+
+    def restart_if_due(self) -> None:
+        """Outside the event loop: start the next driver when its pause is over and somebody waits for it."""
         if self._restart_at is not None and time.monotonic() >= self._restart_at and self._requests:
             self._start()
-        link = [self._link.fileno()] if self._link is not None else []
-        readable, _, _ = select.select([*also, *link], [], [], timeout_s)
-        if link and link[0] in readable:
-            readable.remove(link[0])
-            self.on_readable()
-        if self._link is not None:
-            self._flush()
-        return readable
 
     # ---- requests
 
     def apply(self, run: dict[str, Any], callbacks: dict[str, Any]) -> GpuRequest:
         """Send a request to the driver. Whatever pickling it raises passes through, and nothing is kept."""
         self._serial += 1
-        request = GpuRequest(Run(serial=self._serial, lost=0, **run), callbacks, self._cancel)
+        request = GpuRequest(Run(serial=self._serial, lost=0, **run), callbacks, self)
         if self._giving_back:  # an ETA task that is due while the worker drains stays in the broker
             return request
         if self._link is not None and not self._restarting:
@@ -305,9 +310,10 @@ class DriverSupervisor:
         self._unsettled &= self._requests.keys()
         self._end_if_finished()
         self._send(Flush())
-        self._flush()  # now: the event loop rests while Celery connects again, and actors would go on with it
+        self.flush()  # now: the event loop rests while Celery connects again, and actors would go on with it
 
-    def _cancel(self, request: GpuRequest, signum: int) -> None:
+    def cancel(self, request: GpuRequest, signum: int) -> None:
+        """The request is no longer wanted."""
         if request.run.serial not in self._requests or self._busy:
             return
         if request.is_sent:
@@ -320,7 +326,7 @@ class DriverSupervisor:
     def _register(self) -> None:
         if self._hub is not None and self._link is not None:
             self._hub.add_reader(self._link.fileno(), self._on_event)
-            self._flush()
+            self.flush()
 
     def _on_event(self, *_: Any) -> None:
         self.on_readable()
@@ -329,11 +335,12 @@ class DriverSupervisor:
         if self._link is not None:
             self._link.send(message)
             if self._hub is not None:
-                self._hub.call_soon(self._flush)
+                self._hub.call_soon(self.flush)
             else:
-                self._flush()
+                self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what the link takes; the rest a little later."""
         if self._link is None or self._busy:
             return
         self._busy = True
@@ -350,7 +357,7 @@ class DriverSupervisor:
 
     def _flush_again(self) -> None:
         self._flushes_later = False
-        self._flush()
+        self.flush()
 
     def on_readable(self) -> None:
         """Take what the driver has sent."""

@@ -26,6 +26,8 @@ Bridge Options:
   --standalone          One machine, nothing else needed: start Redis (at the app's broker URL, unless
                         one answers there) and a local Ray, and take both down again at the end.
 
+  --drivers N           Driver processes of this worker, for hosts with many cores [BRIDGE_DRIVERS, 1].
+
 Settings (environment):
 """
 
@@ -64,6 +66,10 @@ def parse(arguments: list[str]) -> CommandLine:
         short = next((o for o in ("-A", "-b") if word.startswith(o) and len(word) > 2), None)
         if word == "--standalone":
             standalone = True
+        elif name == "--drivers":
+            if not equals and not left:
+                raise ConfigurationInvalid("--drivers needs a number")
+            os.environ["BRIDGE_DRIVERS"] = value if equals else left.pop(0)  # what SIGHUP starts keeps it, too
         elif name in _GLOBAL_VALUES:
             if not equals and not left:
                 raise ConfigurationInvalid(f"{name} needs a value")

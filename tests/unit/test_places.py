@@ -18,8 +18,9 @@ def needs_of(*options):
     app = App("places", set_as_current=False)
     for number, gpu in enumerate(options):
         app.task(name=f"t{number}", gpu=gpu)(body)
-    app.finalize()
-    return needs(find_marks(app.tasks.values(), []).values())
+    app.finalize()  # gives it shared tasks of other tests' apps, too
+    mine = [app.tasks[f"t{number}"] for number in range(len(options))]
+    return needs(find_marks(mine, []).values())
 
 
 def test_actors_reserve_the_largest_share_any_task_needs():
