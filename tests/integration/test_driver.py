@@ -269,3 +269,60 @@ def test_a_late_task_that_came_back_from_its_actor_is_given_back(lab):
     lab.driver._flush()
     assert [type(message) for message in lab.link.receive()] == [link.Flushed]
     assert not lab.driver._tasks
+
+
+# ---- memory
+
+
+def no_room(task):
+    return Failed(task.token, FailureKind.NO_ROOM, "NO_ROOM", "needs 2.0 GiB, 1.0 GiB of 8.0 GiB are free")
+
+
+def refuse_for_memory(lab, value):
+    """Send a task, and let its actor say that too little memory is free."""
+    lab.ready()
+    lab.send(value)
+    call = lab.fleet.calls.pop()
+    lab.event(Replied(call.id, Reply((no_room(call.tasks[0]),), 0.0), ""))
+    return call.tasks[0]
+
+
+def test_a_task_without_room_waits_until_its_actor_is_heard_of_again(lab):
+    refused = refuse_for_memory(lab, 1)
+    assert not lab.fleet.calls and not lab.answers(), "neither tried again at once nor failed"
+    lab.ready()
+    (again,) = lab.fleet.calls
+    assert again.tasks[0].payload == refused.payload and again.tasks[0].token != refused.token
+    lab.event(Replied(again.id, Reply((succeeded(again.tasks[0], "in"),), 0.0), ""))
+    (answer,) = lab.answers()
+    assert answer.result[:2] == (0, "'in'")
+
+
+def test_a_task_without_room_for_too_long_fails_with_the_numbers(monkeypatch):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
+    monkeypatch.setenv("BRIDGE_CLUSTER_WAIT_S", "0.000001")
+    settings.cache_clear()
+    lab = Lab(monkeypatch)
+    refuse_for_memory(lab, 1)
+    lab.ready()
+    call = lab.fleet.calls.pop()
+    lab.event(Replied(call.id, Reply((no_room(call.tasks[0]),), 0.0), ""))
+    (answer,) = lab.answers()
+    failed, error = answer.result[0], answer.result[1]
+    assert failed and error.type.__name__ == "GpuOutOfMemory"
+    assert "needs 2.0 GiB, 1.0 GiB of 8.0 GiB are free" in str(error.exception)
+    settings.cache_clear()
+
+
+def test_a_revoked_task_without_room_is_not_tried_again(lab):
+    lab.ready()
+    serial = lab.send(1)
+    call = lab.fleet.calls.pop()
+    lab.link.send(link.Cancel(serial))
+    lab.link.flush()
+    lab.driver._read_link()
+    lab.driver._turn()
+    lab.event(Replied(call.id, Reply((no_room(call.tasks[0]),), 0.0), ""))
+    lab.ready()
+    assert not lab.fleet.calls
+    assert [type(answer) for answer in lab.answers()] == [link.Ended]
