@@ -45,6 +45,11 @@ class Entry:
         return not self.todo
 
     @property
+    def has_limits(self) -> bool:
+        """Somebody must look at the clock while it runs."""
+        return any(task.soft_limit_s or task.hard_limit_s for task in self.todo)
+
+    @property
     def is_delivered(self) -> bool:
         """Every outcome has left; the entry can be forgotten."""
         return not self._undelivered

@@ -4,9 +4,11 @@ Named by slot, detached, shared by all workers of a namespace. Its constructor t
 be permanent death for the actor.
 """
 
+import pickle
+
 import ray
 
-from actors.contract import Busy, Call, Config, Health, Reason, Reply
+from actors.contract import Busy, Config, Health, Reason, Reply
 from actors.entries import Limits
 from actors.shell import ActorShell
 
@@ -23,13 +25,15 @@ class GpuActor:
     def __init__(self, slot: int, limits: Limits) -> None:
         self._shell = ActorShell(slot, limits, self._end, accelerator_here())
 
-    def run(self, call: Call) -> Reply | Busy:
-        """See `ActorShell.run`."""
-        return self._shell.run(call)
+    def run(self, call: bytes) -> bytes:
+        """See `ActorShell.run`; both pickled, because Ray's own serialisation of a tuple takes far longer."""
+        reply: Reply | Busy = self._shell.run(pickle.loads(call))
+        return pickle.dumps(reply, 5)
 
-    def collect(self, call: Call, wait_s: float) -> Reply:
-        """See `ActorShell.collect`."""
-        return self._shell.collect(call, wait_s)
+    def collect(self, call: bytes, wait_s: float) -> bytes:
+        """See `ActorShell.collect`; both pickled."""
+        reply: Reply = self._shell.collect(pickle.loads(call), wait_s)
+        return pickle.dumps(reply, 5)
 
     def fetch(self, token: str) -> bytes:
         """See `ActorShell.fetch`; a return of its own, so that the caller owns it."""
@@ -78,6 +82,7 @@ def options(name: str, namespace: str, num_cpus: float, num_gpus: float, acceler
         "num_gpus": num_gpus,
         "num_cpus": num_cpus,
         "accelerator_type": accelerator,
+        "enable_task_events": False,  # what Ray's dashboard would tell of calls is here told of tasks, by Celery
         "max_restarts": -1,
         "max_task_retries": 0,  # running again is decided by blame, not by Ray
         "max_concurrency": CALL_THREADS,

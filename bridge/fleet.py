@@ -6,6 +6,7 @@ callbacks arrive on Ray's own I/O thread and only hand their result to `notify`,
 
 import logging
 import math
+import pickle
 import queue
 import re
 import threading
@@ -131,7 +132,8 @@ class Fleet:
         """Ask for what an earlier call has not answered; the answer arrives as Replied."""
         slim = call._replace(tasks=tuple(task._replace(payload=b"") for task in call.tasks))
         # Should it not leave: an earlier call has, so the tasks may be running.
-        self._call(slot, call.id, lambda actor: actor.collect.remote(slim, self._settings.collect_wait_s), sent=True)
+        data, wait_s = pickle.dumps(slim, 5), self._settings.collect_wait_s
+        self._call(slot, call.id, lambda actor: actor.collect.remote(data, wait_s), sent=True)
 
     def fetch(self, slot: int, token: str) -> None:
         """Get a large outcome; it arrives as Fetched."""
@@ -158,7 +160,8 @@ class Fleet:
             ray.shutdown()
 
     def _submit(self, slot: int, call: Call) -> None:
-        self._call(slot, call.id, lambda actor: actor.run.remote(call))
+        data = pickle.dumps(call, 5)
+        self._call(slot, call.id, lambda actor: actor.run.remote(data))
 
     def _call(self, slot: int, call: str, submit: Callable[[Any], Any], sent: bool = False) -> None:
         try:
@@ -166,7 +169,7 @@ class Fleet:
         except Exception as error:
             self._notify(Replied(call, None, as_text(error), sent))
             return
-        _when_done(ref, lambda value, error: self._notify(Replied(call, value, error)))
+        _when_done(ref, lambda value, error: self._notify(Replied(call, value and pickle.loads(value), error)))
 
     def _fetch(self, slot: int, token: str) -> None:
         try:

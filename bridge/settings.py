@@ -4,9 +4,9 @@ No other file reads the environment. Seconds and bytes everywhere.
 """
 
 from functools import cache
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bridge.errors import ConfigurationInvalid
@@ -94,6 +94,12 @@ class Settings(BaseSettings):
     reply_after_s: float = Field(0.02, gt=0, description="a call answers after this, finished or not")
     collect_wait_s: float = Field(1.0, gt=0, description="an unfinished call is asked again this often")
 
+    @model_validator(mode="after")
+    def _bounds_of_the_fleet(self) -> Self:
+        if self.min_actors is not None and self.max_actors is not None and self.min_actors > self.max_actors:
+            raise ValueError("BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS")
+        return self
+
 
 @cache
 def settings() -> Settings:
@@ -105,10 +111,15 @@ def settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problems = [f"BRIDGE_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        problems = [_problem(e["loc"], e["msg"]) for e in error.errors()]
         raise ConfigurationInvalid("; ".join(problems)) from error
     except Exception as error:  # pydantic-settings: a JSON value that cannot be parsed
         name = str(error).partition('"')[2].partition('"')[0]
         raise ConfigurationInvalid(
             f"BRIDGE_{name.upper()} is not valid JSON; write a list such as BRIDGE_{name.upper()}='[\"shop.images.*\"]'"
         ) from error
+
+
+def _problem(place: tuple[int | str, ...], text: str) -> str:
+    name = ".".join(map(str, place)).upper()
+    return f"BRIDGE_{name}: {text}" if name else text

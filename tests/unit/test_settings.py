@@ -92,6 +92,12 @@ def test_a_value_that_means_nothing_is_named(environment, name, value, says):
     assert "\n" not in str(caught.value)
 
 
+def test_bounds_of_the_fleet_that_contradict_each_other_are_refused(environment):
+    environment(BRIDGE_MIN_ACTORS="3", BRIDGE_MAX_ACTORS="2")
+    with pytest.raises(ConfigurationInvalid, match="BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS"):
+        settings()
+
+
 def test_all_wrong_values_are_named_at_once(environment):
     environment(BRIDGE_GPU_SLOTS="x", BRIDGE_GRACE_S="y")
     with pytest.raises(ConfigurationInvalid, match=r"BRIDGE_GPU_SLOTS.*BRIDGE_GRACE_S"):
