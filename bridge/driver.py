@@ -154,7 +154,7 @@ class Driver:
                 self._events.append(Tick())
             if self._look_alarm.is_due():
                 self._look_at_waiting()
-            if self._report_alarm.is_due():
+            if code is None and self._report_alarm.is_due():  # the last word of a driver that ends is its error
                 self._send_report()
             self._turn()
             written = self._flush()
