@@ -44,6 +44,7 @@ from bridge.auth import use_token
 from bridge.errors import BridgeError, ClusterUnavailable, MessageInvalid, StartupError, TaskPoisoned
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
+from bridge.results import GroupedResults
 from bridge.scheduler import (
     ActorLost,
     ActorReady,
@@ -95,6 +96,8 @@ class Driver:
         self._link = Link(sock)
         self._first = first
         self._tracing = Tracing(app, self._answer)
+        self._results = GroupedResults(self._tracing)
+        self._results.adopt(app.tasks[name] for name in self._marks)
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
@@ -145,6 +148,7 @@ class Driver:
             if time.monotonic() - self._reported_at > REPORT_S:
                 self._send_report()
             self._submit()
+            self._results.flush()
             written = self._flush()
             if written is waiting_to_write:
                 waiting_to_write = not written
@@ -159,7 +163,7 @@ class Driver:
         os.write(self._wake_write, b"x")
 
     def _timeout(self) -> float:
-        if self._inbox:
+        if self._inbox or self._results.are_waiting:
             return 0.0
         if self._wake_at is None:
             return 1.0
