@@ -1,8 +1,8 @@
 """In the driver: Celery's own tracer for each task, in a greenlet, with `forward` in the body's place.
 
 The tracer is synchronous. A task's greenlet switches in two places only: `forward`, in the body's place, gives the loop
-back until the outcome is there; and storing that outcome, before any hook, waits for the results of the loop's turn to be
-stored together (`bridge/results.py`). So no two tasks ever interleave inside a hook or other code of the user.
+back until the outcome is there; and storing that outcome, before any hook, waits until the results of the loop's turn
+are stored together (`bridge/results.py`). So no two tasks ever interleave inside a hook or other code of the user.
 """
 
 import inspect
