@@ -9,6 +9,8 @@ what kombu would not have taken next, and leaves every message it cannot read ex
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -25,18 +27,18 @@ logger = logging.getLogger(__name__)
 MOST_MESSAGES, MOST_BYTES = 100, 1 << 20
 #: A larger message is left to BRPOP: reading it would keep Redis from everybody else.
 LARGEST_BYTES = 1 << 16
-#: Acknowledgements leave in the middle of a turn when there are this many.
+#: Acknowledgements leave in the middle of a turn when there are this many, and no more of them together.
 MOST_ACKS = 500
 #: After Redis has refused a script or acknowledgements it is asked again after this long, in seconds.
 REFUSED_PAUSE_S, ACK_AGAIN_S = 60.0, 1.0
 
-# Notes the message of BRPOP, then takes further ones as a series of BRPOPs would: most urgent list first, queues in
-# turn. Only half of what waits, rounded up: other workers want theirs. cjson reads a message; what is stored is its
-# text, untouched. The ZREM needs no memory, and after a first write Redis lets a script finish: a full server would
-# otherwise refuse to note what it has already given away.
+# Removes what is acknowledged, notes the message of BRPOP if there is one, then takes further ones as a series of
+# BRPOPs would: most urgent list first, queues in turn. Only half of what waits, rounded up: other workers want theirs.
+# cjson reads a message, whose tag must be plain ASCII; what is stored is its text, untouched. The ZREM needs no memory,
+# and after a first write Redis lets a script finish: a full server would refuse to note what it gave away.
 _TAKE = """
-local now, queues, rotates = ARGV[1], tonumber(ARGV[4]), ARGV[5] == '1'
-local count, bytes, largest = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local now, queues, rotates = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1'
+local count, bytes, largest = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 
 local function note(tag, text)
   redis.call('ZREM', KEYS[1], tag)
@@ -51,10 +53,15 @@ local function read(raw)
   if type(info) ~= 'table' then return nil end
   local tag, exchange, key = properties.delivery_tag, info.exchange, info.routing_key
   if type(tag) ~= 'string' or type(exchange) ~= 'string' or type(key) ~= 'string' then return nil end
+  if tag:find('[^ -~]') then return nil end
   return tag, '[' .. raw .. ', ' .. cjson.encode(exchange) .. ', ' .. cjson.encode(key) .. ']'
 end
 
-note(ARGV[2], ARGV[3])
+if #ARGV > 8 then
+  redis.call('ZREM', KEYS[1], unpack(ARGV, 9))
+  redis.call('HDEL', KEYS[2], unpack(ARGV, 9))
+end
+if ARGV[8] ~= '' then note(ARGV[7], ARGV[8]) end
 local order, is_empty, waiting = {}, {}, 0
 for queue = 1, queues do order[queue] = queue end
 for k = 3, #KEYS do
@@ -121,11 +128,11 @@ class GroupedQoS(stock.QoS):
 
     @property
     def room(self) -> int:
-        """How many messages may follow the one that is being delivered."""
+        """How many messages may come in."""
         if "can_consume" in vars(self):  # --disable-prefetch: Celery looks anew at each message
             return 0
         most = self.can_consume_max_estimate()
-        return MOST_MESSAGES if most is None else min(MOST_MESSAGES, most - 1)
+        return MOST_MESSAGES if most is None else min(MOST_MESSAGES, most)
 
     def ack(self, delivery_tag: Any) -> None:
         """Acknowledge with the others of this turn; at once when no turn will come, for nothing is consumed."""
@@ -149,18 +156,31 @@ class GroupedQoS(stock.QoS):
         """
         if not self._acks or (not again and time.monotonic() < self._ack_at):
             return
-        tags = _emptied(self._acks)
+        with suppress(Exception):
+            while self._acks:
+                # No transaction: a full server takes none. A tag in the index alone is cleared by whoever restores it.
+                with self.acks() as tags, self.channel.plain_client.pipeline(transaction=False) as pipe:
+                    pipe.hdel(self.channel.prefixed(self.unacked_key), *tags)
+                    pipe.zrem(self.channel.prefixed(self.unacked_index_key), *tags)
+                    pipe.execute()
+
+    @contextmanager
+    def acks(self) -> Iterator[list[Any]]:
+        """The acknowledgements to be sent inside; what became of them is logged."""
+        count = min(len(self._acks), MOST_ACKS)  # another thread may add some meanwhile
+        tags = [self._acks.popleft() for _ in range(count)]
         try:
-            with self.channel.plain_client.pipeline() as pipe:
-                pipe.zrem(self.channel.prefixed(self.unacked_index_key), *tags)
-                pipe.hdel(self.channel.prefixed(self.unacked_key), *tags)
-                pipe.execute()
-        except ResponseError as error:  # it is there and does not want to, as in the middle of a failover
-            logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
-            self._acks.extendleft(reversed(tags))
-            self._ack_at = time.monotonic() + ACK_AGAIN_S
-        except Exception as error:  # the connection is gone: the broker will deliver them again
-            logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
+            yield tags
+        except ResponseError as error:  # Redis is there and does not want to, as in the middle of a failover
+            if tags:
+                logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
+                self._acks.extendleft(reversed(tags))
+                self._ack_at = time.monotonic() + ACK_AGAIN_S
+            raise
+        except Exception as error:  # the connection is gone: the broker will deliver the messages again
+            if tags:
+                logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
+            raise
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """At the end: what is acknowledged must be so in Redis before the rest is given back."""
@@ -176,9 +196,10 @@ class GroupedChannel:
     _reads = False  # inside BRPOP's delivery, where further messages are welcome
     _has_no_ack = False
     _refused_until = 0.0
+    _more_waits = False  # the last question was answered in full: the next one need not wait for BRPOP
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._taken: deque[tuple[str, Any, bytes]] = deque()  # queue, delivery tag, text
+        self._taken: deque[tuple[str, str, bytes]] = deque()  # queue, delivery tag, text
         super().__init__(*args, **kwargs)
         self._take = redis.Redis().register_script(_TAKE)
 
@@ -214,36 +235,55 @@ class GroupedChannel:
             self._reads = False
             self._deliver_taken()
 
+    def begin_turn(self) -> None:
+        """Before the event loop waits: tell what is acknowledged, and if more is known to wait, take what has room."""
+        self._deliver_taken()  # what an error has left behind
+        qos = self.qos  # type: ignore[attr-defined]
+        if self._more_waits and not self._in_poll and qos.room > 0 and self._may_take():  # type: ignore[attr-defined]
+            self._more_waits = False
+            self._ask(qos.room)
+            self._deliver_taken()
+        qos.send_acks()
+
     def note(self, message: Any, delivery_tag: Any) -> bool:
         """Note BRPOP's message as unacknowledged and take more; False: kombu has to note it."""
-        if not self._reads or self._has_no_ack or time.monotonic() < self._refused_until:
+        if not self._reads or not self._may_take():
             return False
+        info = message.delivery_info
+        text = dumps([message._raw, info["exchange"], info["routing_key"]])
+        return self._ask(self.qos.room - 1, delivery_tag, text)  # type: ignore[attr-defined]
+
+    def _may_take(self) -> bool:
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
-        room = self.qos.room if type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle) else 0  # type: ignore[attr-defined]
-        queues: list[str] = cycle.consume(len(self.active_queues)) if room > 0 else []  # type: ignore[attr-defined]
+        is_known = type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle)
+        return is_known and not self._has_no_ack and time.monotonic() >= self._refused_until
+
+    def _ask(self, count: int, tag: Any = "", text: str = "") -> bool:
+        """One question: acknowledge, note the message with this tag, take `count` more; False if Redis refused it."""
+        cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
+        queues: list[str] = cycle.consume(len(self.active_queues)) if count > 0 else []  # type: ignore[attr-defined]
         lists = [
             self._q_for_pri(queue, step)  # type: ignore[attr-defined]
             for step in self.priority_steps  # type: ignore[attr-defined]
             for queue in queues
         ]
-        info, qos = message.delivery_info, self.qos  # type: ignore[attr-defined]
-        text = dumps([message._raw, info["exchange"], info["routing_key"]])
+        qos = self.qos  # type: ignore[attr-defined]
+        keys = [self.prefixed(key) for key in (qos.unacked_index_key, qos.unacked_key, *lists)]
         rotates = int(type(cycle) is round_robin_cycle)
+        arguments = [time.time(), len(queues), rotates, count, MOST_BYTES, LARGEST_BYTES, tag, text]
         try:
-            taken = self._take(
-                [self.prefixed(key) for key in (qos.unacked_index_key, qos.unacked_key, *lists)],
-                [time.time(), delivery_tag, text, len(queues), rotates, room, MOST_BYTES, LARGEST_BYTES],
-                client=self.plain_client,
-            )
+            with qos.acks() as acks:
+                taken = self._take(keys, [*arguments, *acks], client=self.plain_client)
         except ResponseError as error:  # no scripts here, or not now
             logger.warning("Redis refused a script: %r; messages are taken one by one for a while", error)
             self._refused_until = time.monotonic() + REFUSED_PAUSE_S
             return False
-        for number, tag, raw in zip(*[iter(taken)] * 3, strict=True):
+        for number, taken_tag, raw in zip(*[iter(taken)] * 3, strict=True):
             queue = queues[number - 1]
             cycle.rotate(queue)
-            self._taken.append((queue, _text(tag), raw))
-            qos.add_taken(_text(tag))
+            self._taken.append((queue, taken_tag.decode(), raw))
+            qos.add_taken(taken_tag.decode())
+        self._more_waits = len(taken) == 3 * count > 0
         return True
 
     def _deliver_taken(self) -> None:
@@ -265,9 +305,9 @@ class GroupedPoller(stock.MultiChannelPoller):
 
     def on_poll_start(self) -> None:
         """Called once per turn."""
-        for channel in self._channels:
+        for channel in list(self._channels):
             if isinstance(channel._qos, GroupedQoS):
-                channel._qos.send_acks()
+                channel.begin_turn()
         super().on_poll_start()
 
 
@@ -288,15 +328,3 @@ def ask_in_groups(connection: Any) -> None:
         return transport
 
     connection.create_transport = create_transport
-
-
-def _emptied(queue: deque[Any]) -> list[Any]:
-    """All entries; those another thread adds meanwhile may wait for the next time."""
-    return [queue.popleft() for _ in range(len(queue))]
-
-
-def _text(tag: bytes) -> str | bytes:
-    try:
-        return tag.decode()
-    except UnicodeDecodeError:  # its message is none that Python reads, so it will be dropped
-        return tag
