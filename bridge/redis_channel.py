@@ -167,19 +167,17 @@ class GroupedQoS(stock.QoS):
     @contextmanager
     def acks(self) -> Iterator[list[Any]]:
         """The acknowledgements to be sent inside; what became of them is logged."""
-        count = min(len(self._acks), MOST_ACKS)  # another thread may add some meanwhile
-        tags = [self._acks.popleft() for _ in range(count)]
+        tags = _some(self._acks, MOST_ACKS)
         try:
             yield tags
-        except ResponseError as error:  # Redis is there and does not want to, as in the middle of a failover
-            if tags:
-                logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
+        except BaseException as error:
+            if tags and isinstance(error, Exception) and not isinstance(error, ResponseError):
+                # The connection is gone: the broker will deliver the messages again.
+                logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
+            elif tags:  # Redis does not want to, as in the middle of a failover, or this process is told to stop
+                logger.error("%d acknowledgements are sent again: %r", len(tags), error)
                 self._acks.extendleft(reversed(tags))
                 self._ack_at = time.monotonic() + ACK_AGAIN_S
-            raise
-        except Exception as error:  # the connection is gone: the broker will deliver the messages again
-            if tags:
-                logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
             raise
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
@@ -328,3 +326,12 @@ def ask_in_groups(connection: Any) -> None:
         return transport
 
     connection.create_transport = create_transport
+
+
+def _some(queue: deque[Any], most: int) -> list[Any]:
+    """Entries taken out in order; another thread may do the same."""
+    entries: list[Any] = []
+    with suppress(IndexError):
+        while len(entries) < most:
+            entries.append(queue.popleft())
+    return entries

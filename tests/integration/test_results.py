@@ -1,16 +1,23 @@
 """Results in groups on a real Redis: what Celery would have stored and published, one question per turn."""
 
 import json
+import pickle
 
 import greenlet
 import pytest
 import redis
-from celery import Celery, states
+from celery import Celery, signals, states
+from celery.app.trace import build_tracer
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 
-from bridge import results
+from actors.contract import Pending, Reply
+from actors.wishes import Wish
+from bridge import link, results
+from bridge.fleet import Replied
 from bridge.results import GroupedResults, can_be_grouped, expiry
+from bridge.settings import settings
+from tests.integration.test_driver import Lab, shared_call, succeeded
 from tests.support.services import RedisServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own way
@@ -341,3 +348,127 @@ def test_whatever_is_not_celerys_own_json_is_left_alone(server):
     instrumented = backend()
     instrumented.set = lambda *args, **kwargs: None
     assert not can_be_grouped(instrumented)
+
+
+# ---- in the driver, with Celery's own tracers
+
+
+@pytest.fixture
+def lab(server, monkeypatch):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
+    settings.cache_clear()
+    lab = Lab(monkeypatch, server.url)
+    yield lab
+    lab.app.backend.client.close()
+    settings.cache_clear()
+
+
+def turn(lab):
+    """What the loop does at its end; the answers that leave."""
+    lab.driver._results.flush()
+    return [answer.serial for answer in lab.answers()]
+
+
+def called(lab, count):
+    """A call with that many tasks, all other tasks ended."""
+    lab.event = _with_turn(lab, lab.event)
+    call = shared_call(lab, count)
+    del lab.event
+    lab.answers()
+    return call
+
+
+def _with_turn(lab, event):
+    def take(each):
+        event(each)
+        lab.driver._results.flush()
+
+    return take
+
+
+def state(lab, serial):
+    return lab.app.AsyncResult(str(serial)).state
+
+
+def test_a_task_is_done_when_its_result_is_stored(lab):
+    call = called(lab, 3)
+    lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+    assert lab.answers() == [] and lab.driver._timeout() == 0.0, "the loop must not sleep over it"
+    assert [state(lab, serial) for serial in (2, 3, 4)] == ["PENDING"] * 3
+    assert turn(lab) == [2, 3, 4]
+    assert [state(lab, serial) for serial in (2, 3, 4)] == ["SUCCESS"] * 3
+    assert not lab.driver._tasks and lab.driver._timeout() > 0
+
+
+def test_late_news_of_a_task_whose_result_is_being_stored_changes_nothing(lab):
+    call = called(lab, 1)
+    (task,) = call.tasks
+    lab.event(Replied(call.id, Reply((succeeded(task, "first"),), 0.0), ""))
+    lab.driver._tracing.resume(lab.driver._tasks[2], succeeded(task, "second"))
+    assert turn(lab) == [2]
+    assert lab.app.AsyncResult("2").get(timeout=1) == "first"
+
+
+def test_a_task_ended_while_its_result_waits_stores_nothing_and_costs_nobody(lab):
+    call = called(lab, 2)
+    lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+    lab.driver._tracing.stop(lab.driver._tasks[2])
+    assert turn(lab) == [3]
+    assert (state(lab, 2), state(lab, 3)) == ("PENDING", "SUCCESS")
+
+
+def test_hooks_never_interleave_whatever_they_store(lab):
+    """A hook may hold a lock around what it asks of the backend."""
+    said = []
+
+    def on_success(sender, **_):
+        task_id = sender.request.id
+        said.append(f"in {task_id}")
+        lab.app.backend.store_result(task_id, 1, states.SUCCESS)
+        lab.app.backend.store_result(f"other-{task_id}", 1, states.FAILURE)
+        said.append(f"out {task_id}")
+
+    signals.task_success.connect(on_success, sender=lab.app.tasks["lab.echo"], weak=False)
+    call = called(lab, 3)
+    said.clear()
+    lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+    assert said == []
+    assert turn(lab) == [2, 3, 4]
+    assert said == [f"{way} {task_id}" for task_id in (2, 3, 4) for way in ("in", "out")]
+    signals.task_success.disconnect(on_success, sender=lab.app.tasks["lab.echo"])
+
+
+def test_states_before_the_outcome_are_stored_at_once(lab):
+    """STARTED before the call leaves, progress while the body runs: nothing may wait in the driver for those."""
+    task = lab.app.tasks["lab.echo"]
+    task.track_started = True
+    task.__trace__ = build_tracer("lab.echo", task, lab.app.loader, "lab@here", app=lab.app)
+    call = called(lab, 1)
+    assert state(lab, 2) == "STARTED"
+    wish = pickle.dumps([Wish("update_state", (), {"state": "PROGRESS", "meta": {"at": 1}})])
+    lab.event(Replied(call.id, Reply((Pending(call.tasks[0].token, True, (wish,)),), 0.0), ""))
+    assert state(lab, 2) == "PROGRESS"
+    assert not lab.driver._results.are_waiting
+    lab.event(Replied(call.id, Reply((succeeded(call.tasks[0], 1),), 0.0), ""))
+    assert turn(lab) == [2] and state(lab, 2) == "SUCCESS"
+
+
+@pytest.mark.filterwarnings("ignore:Exception raised outside body:RuntimeWarning")
+def test_a_backend_that_is_away_costs_each_task_its_result_and_not_the_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
+    settings.cache_clear()
+    server = RedisServer(tmp_path)
+    try:
+        lab = Lab(monkeypatch, server.url)
+        call = called(lab, 2)
+        lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+        server.client.close()
+        server.kill_group()
+        lab.driver._results.flush()
+        answers = lab.answers()
+        assert [type(answer) for answer in answers] == [link.Ended, link.Ended]
+        errors = [getattr(answer.einfo.exception, "exc", answer.einfo.exception) for answer in answers]
+        assert {type(error) for error in errors} == {redis.ConnectionError}
+    finally:
+        server.kill_group()
+        settings.cache_clear()
