@@ -9,9 +9,8 @@ what kombu would not have taken next, and leaves every message it cannot read ex
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import redis
 from kombu.transport import redis as stock
@@ -19,7 +18,7 @@ from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 logger = logging.getLogger(__name__)
 
@@ -154,36 +153,49 @@ class GroupedQoS(stock.QoS):
         Args:
             again: also when Redis has just refused.
         """
-        if not self._acks or (not again and time.monotonic() < self._ack_at):
-            return
-        with suppress(Exception):
-            while self._acks:
+        while self._acks and (again or time.monotonic() >= self._ack_at):
+            tags = self.next_acks()
+            try:
                 # No transaction: a full server takes none. A tag in the index alone is cleared by whoever restores it.
-                with self.acks() as tags, self.channel.plain_client.pipeline(transaction=False) as pipe:
+                with self.channel.plain_client.pipeline(transaction=False) as pipe:
                     pipe.hdel(self.channel.prefixed(self.unacked_key), *tags)
                     pipe.zrem(self.channel.prefixed(self.unacked_index_key), *tags)
                     pipe.execute()
-
-    @contextmanager
-    def acks(self) -> Iterator[list[Any]]:
-        """The acknowledgements to be sent inside; what became of them is logged."""
-        tags = _some(self._acks, MOST_ACKS)
-        try:
-            yield tags
-        except BaseException as error:
-            if tags and isinstance(error, Exception) and not isinstance(error, ResponseError):
-                # The connection is gone: the broker will deliver the messages again.
+            except ResponseError as error:  # it is there and does not want to, as in the middle of a failover
+                logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
+                self.ack_again(tags)
+                return
+            except Exception as error:  # the connection is gone: the broker will deliver the messages again
                 logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
-            elif tags:  # Redis does not want to, as in the middle of a failover, or this process is told to stop
-                logger.error("%d acknowledgements are sent again: %r", len(tags), error)
-                self._acks.extendleft(reversed(tags))
-                self._ack_at = time.monotonic() + ACK_AGAIN_S
-            raise
+            except BaseException:  # this process is told to stop
+                self.ack_again(tags)
+                raise
+
+    def next_acks(self) -> list[Any]:
+        """Acknowledgements to be sent together, or `ack_again`."""
+        tags: list[Any] = []
+        with suppress(IndexError):  # a thread may do the same
+            while len(tags) < MOST_ACKS:
+                tags.append(self._acks.popleft())
+        return tags
+
+    def ack_again(self, tags: list[Any]) -> None:
+        """They were not sent, or nobody knows whether they were."""
+        self._acks.extendleft(reversed(tags))
+        self._ack_at = time.monotonic() + ACK_AGAIN_S
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """At the end: what is acknowledged must be so in Redis before the rest is given back."""
         self.send_acks(again=True)
         super().restore_unacked_once(stderr)
+
+
+class _Asked(NamedTuple):
+    """A question Redis has not answered yet."""
+
+    queues: list[str]
+    room: int
+    acks: list[Any]
 
 
 class GroupedChannel:
@@ -194,7 +206,8 @@ class GroupedChannel:
     _reads = False  # inside BRPOP's delivery, where further messages are welcome
     _has_no_ack = False
     _refused_until = 0.0
-    _more_waits = False  # the last question was answered in full: the next one need not wait for BRPOP
+    _more_waits = False  # the last question was answered in full
+    _asked: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: deque[tuple[str, str, bytes]] = deque()  # queue, delivery tag, text
@@ -221,43 +234,88 @@ class GroupedChannel:
 
     def _basic_cancel(self, consumer_tag: str) -> Any:
         ret = super()._basic_cancel(consumer_tag)  # type: ignore[misc]
-        if isinstance(self._qos, GroupedQoS):  # type: ignore[attr-defined]
-            self._qos.send_acks()  # type: ignore[attr-defined]
+        if not self.active_queues:  # type: ignore[attr-defined]
+            if self._asked is not None and self._in_poll:
+                self._brpop_read()  # what was taken meanwhile goes back now: closing may be an hour away
+            if isinstance(self._qos, GroupedQoS):  # type: ignore[attr-defined]
+                self._qos.send_acks()  # type: ignore[attr-defined]
         return ret
+
+    def _brpop_start(self, timeout: Any = None) -> None:
+        """Ask for messages; the answer is read when it is there. More are known to wait: no need to wait with BRPOP."""
+        self._forget_question()
+        room = self.qos.room if self._more_waits and self._may_take() else 0  # type: ignore[attr-defined]
+        self._more_waits = False
+        if room <= 0:
+            super()._brpop_start(timeout)  # type: ignore[misc]
+            return
+        connection = self.client.connection  # type: ignore[attr-defined]
+        self._in_poll, self._brpop_sent_at = connection, time.monotonic()
+        keys, arguments, queues = self._question(room)
+        self._asked = _Asked(queues, room, self.qos.next_acks())  # type: ignore[attr-defined]
+        connection.send_command("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *self._asked.acks)
 
     def _brpop_read(self, **options: Any) -> Any:
         self._reads = True
         try:
-            return super()._brpop_read(**options)  # type: ignore[misc]
+            return super()._brpop_read(**options) if self._asked is None else self._read_answer()  # type: ignore[misc]
         finally:
             self._reads = False
             self._deliver_taken()
 
-    def begin_turn(self) -> None:
-        """Before the event loop waits: tell what is acknowledged, and if more is known to wait, take what has room."""
-        self._deliver_taken()  # what an error has left behind
-        qos = self.qos  # type: ignore[attr-defined]
-        if self._more_waits and not self._in_poll and qos.room > 0 and self._may_take():  # type: ignore[attr-defined]
-            self._more_waits = False
-            self._ask(qos.room)
-            self._deliver_taken()
-        qos.send_acks()
+    def _read_answer(self) -> bool:
+        """Read what Redis answers to the question of `_brpop_start`."""
+        asked: _Asked = self._asked
+        connection = self.client.connection  # type: ignore[attr-defined]
+        try:
+            taken = self.client.parse_response(connection, "EVALSHA")  # type: ignore[attr-defined]
+        except NoScriptError:
+            self.plain_client.script_load(_TAKE)
+        except ResponseError as error:
+            self._refused(error)
+        except BaseException:
+            connection.disconnect()  # as kombu does: the next turn connects again, or the worker does
+            raise
+        else:
+            self._asked = None
+            self._keep(taken, asked.queues, asked.room)
+        finally:
+            self._forget_question()
+            self._in_poll = None
+            self._flush_brpop_reauth()  # type: ignore[attr-defined]
+        return True
+
+    def _forget_question(self) -> None:
+        """A question that has no answer: its acknowledgements are sent again, which does no harm."""
+        if self._asked is not None:
+            self.qos.ack_again(self._asked.acks)  # type: ignore[attr-defined]
+            self._asked = None
 
     def note(self, message: Any, delivery_tag: Any) -> bool:
         """Note BRPOP's message as unacknowledged and take more; False: kombu has to note it."""
         if not self._reads or not self._may_take():
             return False
-        info = message.delivery_info
+        info, count = message.delivery_info, self.qos.room - 1  # type: ignore[attr-defined]
         text = dumps([message._raw, info["exchange"], info["routing_key"]])
-        return self._ask(self.qos.room - 1, delivery_tag, text)  # type: ignore[attr-defined]
+        keys, arguments, queues = self._question(count, delivery_tag, text)
+        try:
+            self._keep(self._take(keys, arguments, client=self.plain_client), queues, count)
+        except ResponseError as error:
+            self._refused(error)
+            return False
+        return True
 
     def _may_take(self) -> bool:
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
         is_known = type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle)
         return is_known and not self._has_no_ack and time.monotonic() >= self._refused_until
 
-    def _ask(self, count: int, tag: Any = "", text: str = "") -> bool:
-        """One question: acknowledge, note the message with this tag, take `count` more; False if Redis refused it."""
+    def _refused(self, error: ResponseError) -> None:
+        logger.warning("Redis refused a script: %r; messages are taken one by one for a while", error)
+        self._refused_until = time.monotonic() + REFUSED_PAUSE_S
+
+    def _question(self, count: int, tag: Any = "", text: str = "") -> tuple[list[str], list[Any], list[str]]:
+        """Keys and arguments of the script, and the queues it may take from."""
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
         queues: list[str] = cycle.consume(len(self.active_queues)) if count > 0 else []  # type: ignore[attr-defined]
         lists = [
@@ -268,21 +326,16 @@ class GroupedChannel:
         qos = self.qos  # type: ignore[attr-defined]
         keys = [self.prefixed(key) for key in (qos.unacked_index_key, qos.unacked_key, *lists)]
         rotates = int(type(cycle) is round_robin_cycle)
-        arguments = [time.time(), len(queues), rotates, count, MOST_BYTES, LARGEST_BYTES, tag, text]
-        try:
-            with qos.acks() as acks:
-                taken = self._take(keys, [*arguments, *acks], client=self.plain_client)
-        except ResponseError as error:  # no scripts here, or not now
-            logger.warning("Redis refused a script: %r; messages are taken one by one for a while", error)
-            self._refused_until = time.monotonic() + REFUSED_PAUSE_S
-            return False
-        for number, taken_tag, raw in zip(*[iter(taken)] * 3, strict=True):
+        return keys, [time.time(), len(queues), rotates, count, MOST_BYTES, LARGEST_BYTES, tag, text], queues
+
+    def _keep(self, taken: list[Any], queues: list[str], count: int) -> None:
+        """What the script has taken is to be delivered."""
+        for number, tag, raw in zip(*[iter(taken)] * 3, strict=True):
             queue = queues[number - 1]
-            cycle.rotate(queue)
-            self._taken.append((queue, taken_tag.decode(), raw))
-            qos.add_taken(taken_tag.decode())
+            self._queue_cycle.rotate(queue)  # type: ignore[attr-defined]
+            self._taken.append((queue, tag.decode(), raw))
+            self.qos.add_taken(tag.decode())  # type: ignore[attr-defined]
         self._more_waits = len(taken) == 3 * count > 0
-        return True
 
     def _deliver_taken(self) -> None:
         """Deliver what was taken. Should that fail, the rest goes back to its queues when the channel is closed."""
@@ -302,11 +355,11 @@ class GroupedPoller(stock.MultiChannelPoller):
     """Sends the acknowledgements of a turn of the event loop before it waits again."""
 
     def on_poll_start(self) -> None:
-        """Called once per turn."""
-        for channel in list(self._channels):
-            if isinstance(channel._qos, GroupedQoS):
-                channel.begin_turn()
+        """Called once per turn. What asks for messages takes acknowledgements along; the rest goes alone."""
         super().on_poll_start()
+        for channel in self._channels:
+            if isinstance(channel._qos, GroupedQoS):
+                channel._qos.send_acks()
 
 
 _CHANNELS = {
@@ -326,12 +379,3 @@ def ask_in_groups(connection: Any) -> None:
         return transport
 
     connection.create_transport = create_transport
-
-
-def _some(queue: deque[Any], most: int) -> list[Any]:
-    """Entries taken out in order; another thread may do the same."""
-    entries: list[Any] = []
-    with suppress(IndexError):
-        while len(entries) < most:
-            entries.append(queue.popleft())
-    return entries

@@ -360,7 +360,7 @@ def test_what_is_no_message_costs_only_itself_as_with_kombu(server, desk, garbag
         for message in one.received:
             message.ack()
         one.turn()
-        ends.append((good, len(one.received), errors, noted(server.client)))
+        ends.append((sorted(good), len(one.received), errors, noted(server.client)))
         one.connection.close()
     assert ends[0][0] == list(range(12))
     assert ends[0] == ends[1]
@@ -422,6 +422,40 @@ def test_nothing_consumed_any_more_acknowledgements_leave_at_once(server, desk):
     assert len(noted(server.client)) == 4
 
 
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_what_is_on_its_way_when_nothing_is_consumed_any_more_goes_back(server, desk, end):
+    publish(server.url, range(40))
+    one = desk(prefetch=10)
+    while len(one.received) < 10:
+        one.turn()
+    for message in one.received:
+        message.ack()
+    one.connection.transport.cycle.on_poll_start()  # asks, and takes the acknowledgements along
+    wait_for(lambda: len(noted(server.client)) == 10 and server.client.llen("q") == 20, "Redis to have answered")
+    getattr(one.consumer if end == "cancel" else one.channel, end)()
+    assert noted(server.client) == {}
+    assert server.client.llen("q") == 30
+    assert sorted(desk().drain()) == list(range(10, 40))
+
+
+def test_a_question_lost_with_its_connection_is_asked_again_with_its_acknowledgements(server, desk):
+    publish(server.url, range(40))
+    one = desk(prefetch=10)
+    while len(one.received) < 10:
+        one.turn()
+    for message in one.received:
+        message.ack()
+    one.connection.transport.cycle.on_poll_start()
+    wait_for(lambda: server.client.llen("q") == 20, "Redis to have answered")
+    one.channel.client.connection.disconnect()  # as kombu does with a connection it takes for dead
+    one.channel.qos._ack_at = 0.0
+    one.drain()
+    acked = {message.delivery_tag for message in one.received[:10]}
+    assert not acked & set(noted(server.client))
+    assert one.bodies == [*range(10), *range(20, 30)]
+    assert len(noted(server.client)) == 20, "ten that nobody has heard of come back after the visibility time-out"
+
+
 def test_closing_sends_acknowledgements_before_it_gives_back(server, desk):
     publish(server.url, range(6))
     one = desk()
@@ -451,7 +485,7 @@ def test_refused_acknowledgements_are_sent_again(server, desk, caplog):
         for message in one.received:
             message.ack()
         one.channel.qos.send_acks()
-        assert "acknowledgements are sent again" in caplog.text and "ReadOnlyError" in caplog.text
+        assert "they are sent again" in caplog.text and "ReadOnlyError" in caplog.text
         assert len(noted(server.client)) == 6
     finally:
         server.client.replicaof("NO", "ONE")
