@@ -81,7 +81,7 @@ class Tracing:
     """
 
     def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None]) -> None:
-        self._app = app
+        self._tasks = app.tasks  # kept: the app takes a lock for each look
         self._answer = answer
         self._loop = greenlet.getcurrent()
 
@@ -135,7 +135,7 @@ class Tracing:
     def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
         tracer = greenlet.getcurrent()
-        celery_task = self._app.tasks[name]
+        celery_task = self._tasks[name]
         if (
             not isinstance(tracer, _Tracer)
             or (tracer.task.run.task, tracer.forwarded) != (name, False)
