@@ -186,6 +186,7 @@ class GroupedQoS(stock.QoS):
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """At the end: what is acknowledged must be so in Redis before the rest is given back."""
+        self.channel.forget_question()
         self.send_acks(again=True)
         super().restore_unacked_once(stderr)
 
@@ -204,13 +205,13 @@ class GroupedChannel:
     QoS = GroupedQoS
     _plain_client: Any = None
     _reads = False  # inside BRPOP's delivery, where further messages are welcome
-    _has_no_ack = False
     _refused_until = 0.0
     _more_waits = False  # the last question was answered in full
     _asked: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: deque[tuple[str, str, bytes]] = deque()  # queue, delivery tag, text
+        self._without_ack: set[str] = set()  # queues
         super().__init__(*args, **kwargs)
         self._take = redis.Redis().register_script(_TAKE)
 
@@ -228,9 +229,8 @@ class GroupedChannel:
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         """Consume a queue; with `no_ack` nothing would ever remove what was noted of its messages."""
-        ret = super().basic_consume(queue, no_ack, *args, **kwargs)  # type: ignore[misc]
-        self._has_no_ack = self._has_no_ack or (no_ack and queue in self.active_queues)  # type: ignore[attr-defined]
-        return ret
+        (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)  # type: ignore[misc]
 
     def _basic_cancel(self, consumer_tag: str) -> Any:
         ret = super()._basic_cancel(consumer_tag)  # type: ignore[misc]
@@ -243,7 +243,7 @@ class GroupedChannel:
 
     def _brpop_start(self, timeout: Any = None) -> None:
         """Ask for messages; the answer is read when it is there. More are known to wait: no need to wait with BRPOP."""
-        self._forget_question()
+        self.forget_question()
         room = self.qos.room if self._more_waits and self._may_take() else 0  # type: ignore[attr-defined]
         self._more_waits = False
         if room <= 0:
@@ -280,12 +280,12 @@ class GroupedChannel:
             self._asked = None
             self._keep(taken, asked.queues, asked.room)
         finally:
-            self._forget_question()
+            self.forget_question()
             self._in_poll = None
             self._flush_brpop_reauth()  # type: ignore[attr-defined]
         return True
 
-    def _forget_question(self) -> None:
+    def forget_question(self) -> None:
         """A question that has no answer: its acknowledgements are sent again, which does no harm."""
         if self._asked is not None:
             self.qos.ack_again(self._asked.acks)  # type: ignore[attr-defined]
@@ -307,8 +307,11 @@ class GroupedChannel:
 
     def _may_take(self) -> bool:
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
-        is_known = type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle)
-        return is_known and not self._has_no_ack and time.monotonic() >= self._refused_until
+        return (
+            type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle)
+            and time.monotonic() >= self._refused_until
+            and self._without_ack.isdisjoint(self.active_queues)  # type: ignore[attr-defined]
+        )
 
     def _refused(self, error: ResponseError) -> None:
         logger.warning("Redis refused a script: %r; messages are taken one by one for a while", error)

@@ -395,6 +395,18 @@ def test_without_acknowledgements_nothing_is_noted(server, desk):
     assert noted(server.client) == {}
 
 
+def test_a_queue_without_acknowledgements_that_is_cancelled_again_changes_nothing(server, desk):
+    """Celery's mingle consumes one on the same channel while the worker starts."""
+    one = desk()
+    with Consumer(one.channel, [Queue("replies")], no_ack=True):
+        publish(server.url, range(9))
+        one.turn()
+        assert one.bodies == [0]
+    calls(server.client)
+    assert one.drain() == list(range(9))
+    assert calls(server.client)["lindex"] > 0
+
+
 def test_rejected_messages_are_dropped_or_come_again(server, desk):
     publish(server.url, range(6))
     one = desk(prefetch=6)
