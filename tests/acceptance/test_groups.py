@@ -1,4 +1,4 @@
-"""Redis asked in groups, as a user meets it: a backlog, workers without the bridge beside, deaths, drains, a big chord."""
+"""Redis asked in groups, seen from outside: a backlog, stock workers beside, deaths, drains, a chord of a thousand."""
 
 import json
 import os
