@@ -365,7 +365,7 @@ class GroupedPoller(stock.MultiChannelPoller):
                 channel._qos.send_acks()
 
 
-_CHANNELS = {
+_CHANNELS: dict[Any, type] = {
     base: type(f"Grouped{base.__name__}", (GroupedChannel, base), {}) for base in (stock.Channel, stock.SentinelChannel)
 }
 
@@ -376,9 +376,9 @@ def ask_in_groups(connection: Any) -> None:
 
     def create_transport() -> Any:  # again after each failover to another URL
         transport = create()
-        if transport.Channel in _CHANNELS:
-            transport.Channel = _CHANNELS[transport.Channel]
-            transport.cycle = GroupedPoller()
+        grouped = _CHANNELS.get(getattr(transport, "Channel", None))  # AMQP's makes its channels otherwise
+        if grouped is not None:
+            transport.Channel, transport.cycle = grouped, GroupedPoller()
         return transport
 
     connection.create_transport = create_transport

@@ -11,7 +11,7 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Producer, Queue
 
-from bridge.redis_channel import LARGEST_BYTES, GroupedQoS, ask_in_groups
+from bridge.redis_channel import LARGEST_BYTES, GroupedChannel, GroupedQoS, ask_in_groups
 from tests.support.services import RedisServer, wait_for
 
 FAST = {"polling_interval": 0.05}
@@ -554,7 +554,25 @@ def test_redis_restarted_under_a_consumer(tmp_path):
         server.kill_group()
 
 
-def test_other_brokers_stay_as_they_are():
-    with Connection("memory://") as connection:
+@pytest.mark.parametrize("url", ["memory://", "amqp://"])
+def test_other_brokers_stay_as_they_are(url):
+    with Connection(url) as plain, Connection(url) as connection:
         ask_in_groups(connection)
-        assert type(connection.default_channel).__module__ == "kombu.transport.memory"
+        assert type(connection.transport) is type(plain.transport)
+        assert vars(connection.transport).keys() == vars(plain.transport).keys()
+
+
+@pytest.mark.parametrize("url", ["redis://", "rediss://", "sentinel://"])
+def test_every_kind_of_redis_is_asked_in_groups(url):
+    with Connection(url, ssl=url.startswith("rediss")) as connection:
+        stock = connection.create_transport().Channel
+        ask_in_groups(connection)
+        assert issubclass(connection.transport.Channel, (GroupedChannel, stock))
+        assert connection.transport.Channel.QoS is GroupedQoS
+
+
+def test_a_failover_to_another_url_is_asked_in_groups_too(server):
+    with Connection(f"redis://127.0.0.1:1/0;{server.url}") as connection:
+        ask_in_groups(connection)
+        connection.ensure_connection(max_retries=3, interval_start=0)
+        assert isinstance(connection.default_channel.qos, GroupedQoS)
