@@ -567,7 +567,9 @@ def test_every_kind_of_redis_is_asked_in_groups(url):
     with Connection(url, ssl=url.startswith("rediss")) as connection:
         stock = connection.create_transport().Channel
         ask_in_groups(connection)
-        assert issubclass(connection.transport.Channel, (GroupedChannel, stock))
+        assert issubclass(connection.transport.Channel, GroupedChannel) and issubclass(
+            connection.transport.Channel, stock
+        )
         assert connection.transport.Channel.QoS is GroupedQoS
 
 
