@@ -15,6 +15,7 @@ from celery.exceptions import TaskRevokedError
 from celery.utils.functional import maybe_list
 from celery.worker.state import reserved_requests, revoked, revoked_stamps
 
+from bridge.redis_channel import ask_in_groups
 from bridge.supervisor import GpuRequest
 
 #: Pause between two looks for expired requests, in seconds, at least.
@@ -87,6 +88,13 @@ class HybridConsumer:
         self._in_hand: set[Any] = set()  # requests with a slot
         self._look_due = math.inf  # when expired ones are looked for
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
+
+    def connection_for_read(self, heartbeat: Any = None) -> Any:
+        """The connection tasks are consumed from."""
+        connection = self.app.connection_for_read(heartbeat=heartbeat)
+        if self.pool.marks:
+            ask_in_groups(connection)
+        return self.ensure_connected(connection)  # type: ignore[attr-defined]
 
     def _route(self, request: Any) -> None:
         if not self.pool.is_gpu(request):

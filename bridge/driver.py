@@ -53,6 +53,7 @@ from bridge.lines import TaskRule
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
 from bridge.places import needs
+from bridge.results import GroupedResults
 from bridge.roster import Alarm, Roster
 from bridge.scheduler import (
     ActorBusy,
@@ -107,6 +108,8 @@ class Driver:
         self._link = Link(sock)
         self._first = first
         self._tracing = Tracing(app, self._answer)
+        self._results = GroupedResults(self._tracing)
+        self._results.adopt(app.tasks[name] for name in self._marks)
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
@@ -157,6 +160,7 @@ class Driver:
             if code is None and self._report_alarm.is_due():  # the last word of a driver that ends is its error
                 self._send_report()
             self._turn()
+            self._results.flush()
             written = self._flush()
             if written is waiting_to_write:
                 waiting_to_write = not written
@@ -171,7 +175,7 @@ class Driver:
         os.write(self._wake_write, b"x")
 
     def _timeout(self) -> float:
-        if self._inbox:
+        if self._inbox or self._results.are_waiting:
             return 0.0
         if self._wake_at is None:
             return 1.0

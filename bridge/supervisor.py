@@ -100,6 +100,7 @@ class DriverSupervisor:
         self._hub_uses = 0
         self._busy = False  # inside a read or write: a signal handler must not enter a second time
         self._flushes_later = False
+        self._flushes_soon = False  # in the next turn of the event loop, with all that is sent until then
         self._stopping = False
         self._giving_back = False
         self._restarting = False
@@ -187,7 +188,7 @@ class DriverSupervisor:
     def register(self, hub: Any) -> None:
         """Serve the link on the worker's event loop; again after each reconnect to the broker."""
         self._hub = hub
-        self._flushes_later = False  # a lost connection may have taken our timers with its own
+        self._flushes_later = self._flushes_soon = False  # a lost connection may have taken our timers with its own
         self._hub_uses += 1
         hub.call_later(BACKSTOP_S, self._enforce, self._hub_uses)
         if self._restart_at is not None:
@@ -334,13 +335,15 @@ class DriverSupervisor:
     def _send(self, message: Any) -> None:
         if self._link is not None:
             self._link.send(message)
-            if self._hub is not None:
-                self._hub.call_soon(self.flush)
-            else:
+            if self._hub is None:
                 self.flush()
+            elif not self._flushes_soon:
+                self._flushes_soon = True
+                self._hub.call_soon(self.flush)
 
     def flush(self) -> None:
         """Write what the link takes; the rest a little later."""
+        self._flushes_soon = False
         if self._link is None or self._busy:
             return
         self._busy = True

@@ -1,7 +1,8 @@
 """In the driver: Celery's own tracer for each task, in a greenlet, with `forward` in the body's place.
 
-The tracer is synchronous; when it comes to the body, `forward` gives the loop back until the outcome is there. That is
-the only place where a task's greenlet switches, so no two tasks ever interleave inside Celery's or the user's code.
+The tracer is synchronous. A task's greenlet switches in two places only: `forward`, in the body's place, gives the loop
+back until the outcome is there; and storing that outcome, before any hook, waits until the results of the loop's turn
+are stored together (`bridge/results.py`). So no two tasks ever interleave inside a hook or other code of the user.
 """
 
 import inspect
@@ -69,6 +70,8 @@ class _Tracer(greenlet.greenlet):
     task: TracedTask
     refusal: BridgeError | None = None  # raised in the body's place
     forwarded = False  # the body has had its turn
+    has_outcome = False  # it has ended, and the tracer has not stored its outcome yet
+    waits = False  # for that to be stored: it takes no other news
 
 
 class Tracing:
@@ -80,7 +83,7 @@ class Tracing:
     """
 
     def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None]) -> None:
-        self._app = app
+        self._tasks = app.tasks  # kept: the app takes a lock for each look
         self._answer = answer
         self._loop = greenlet.getcurrent()
 
@@ -93,6 +96,32 @@ class Tracing:
 
     def resume(self, task: TracedTask, value: "Outcome | Pending | BridgeError | TracedTask") -> None:
         """Give a waiting tracer the outcome, progress, or an error of ours."""
+        if not task.tracer.waits:  # type: ignore[union-attr]
+            self._switch(task, value)
+
+    def at_its_outcome(self, task_id: str) -> TracedTask | None:
+        """The task whose tracer, running now, stores the outcome of its body; asked once per task."""
+        tracer = greenlet.getcurrent()
+        if not isinstance(tracer, _Tracer) or not tracer.has_outcome or tracer.task.run.id != task_id:
+            return None
+        tracer.has_outcome = False
+        return tracer.task
+
+    def wait(self) -> Any:
+        """Called in a tracer: give the loop back until `go_on`, whose answer is returned."""
+        tracer = greenlet.getcurrent()
+        tracer.waits = True
+        try:
+            return self._loop.switch()
+        finally:
+            tracer.waits = False
+
+    def go_on(self, task: TracedTask, answer: Any) -> None:
+        """End the `wait` of a task's tracer, unless the tracer was ended meanwhile."""
+        if task.tracer is not None and task.tracer.waits:
+            self._switch(task, answer)
+
+    def _switch(self, task: TracedTask, value: Any) -> None:
         started = time.monotonic()
         task.tracer.switch(value)  # type: ignore[union-attr]
         took = time.monotonic() - started
@@ -108,7 +137,7 @@ class Tracing:
     def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
         tracer = greenlet.getcurrent()
-        celery_task = self._app.tasks[name]
+        celery_task = self._tasks[name]
         if (
             not isinstance(tracer, _Tracer)
             or (tracer.task.run.task, tracer.forwarded) != (name, False)
@@ -128,6 +157,7 @@ class Tracing:
                 outcome = self._loop.switch()
         finally:
             task.payload = None
+        tracer.has_outcome = True
         if isinstance(outcome, BridgeError):
             raise outcome
         return resolve(celery_task, outcome)

@@ -46,9 +46,9 @@ def echo(value):
 
 
 class Lab:
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, backend="cache+memory://"):
         monkeypatch.setattr(fleet, "Fleet", SaidFleet)
-        self.app = Celery("lab", broker="memory://", backend="cache+memory://", set_as_current=False)
+        self.app = Celery("lab", broker="memory://", backend=backend, set_as_current=False)
         self.app.task(name="lab.echo", gpu=True)(echo)
         self.app.finalize()
         marks = find_marks(self.app.tasks.values(), [])

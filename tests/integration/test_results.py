@@ -1,0 +1,474 @@
+"""Results in groups on a real Redis: what Celery would have stored and published, one question per turn."""
+
+import json
+import pickle
+
+import greenlet
+import pytest
+import redis
+from celery import Celery, signals, states
+from celery.app.trace import build_tracer
+from celery.backends.redis import RedisBackend
+from celery.exceptions import BackendStoreError
+
+from actors.contract import Pending, Reply
+from actors.wishes import Wish
+from bridge import link, results
+from bridge.fleet import Replied
+from bridge.results import GroupedResults, can_be_grouped, expiry
+from bridge.settings import settings
+from tests.integration.test_driver import Lab, shared_call, succeeded
+from tests.support.services import RedisServer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own way
+
+
+def nothing():
+    pass
+
+
+class Turns:
+    """Greenlets in place of tracers: each stores what it is told, and may wait as a tracer at its outcome may."""
+
+    def __init__(self, url, **conf):
+        self.app = Celery("results", broker="memory://", backend=url, set_as_current=False)
+        self.app.conf.update(**conf)
+        self.task = self.app.task(name="results.task", shared=False)(nothing)
+        self.backend = self.task.backend
+        self.grouped = GroupedResults(self)
+        self.grouped.adopt([self.task])
+        self.loop = greenlet.getcurrent()
+        self.ended, self.errors = [], {}
+        self.may_wait = True
+
+    # what results.py asks of the tracing
+
+    def at_its_outcome(self, task_id):
+        return greenlet.getcurrent() if self.may_wait and greenlet.getcurrent() is not self.loop else None
+
+    def wait(self):
+        return self.loop.switch()
+
+    def go_on(self, each, answer):
+        each.switch(answer)
+
+    # what a test does
+
+    def store(self, task_id, value, state=states.SUCCESS, **kwargs):
+        def run():
+            try:
+                self.backend.store_result(task_id, value, state, **kwargs)
+                self.ended.append(task_id)
+            except Exception as error:
+                self.errors[task_id] = error
+
+        each = greenlet.greenlet(run)
+        each.switch()
+        return each
+
+    def state(self, task_id):
+        return self.app.AsyncResult(task_id).state
+
+
+@pytest.fixture
+def server(redis_server):
+    redis_server.client.flushall()
+    return redis_server
+
+
+@pytest.fixture
+def turns(server):
+    made = []
+
+    def make(**conf):
+        made.append(Turns(server.url, **conf))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.backend.client.close()
+        each.app.close()
+
+
+def asked(client):
+    counts = {name[8:]: row["calls"] for name, row in client.info("commandstats").items()}
+    client.config_resetstat()
+    return counts
+
+
+def meta(client, task_id):
+    return json.loads(client.get(f"celery-task-meta-{task_id}"))
+
+
+def test_a_turns_results_cost_one_question_and_are_there_when_a_tracer_goes_on(server, turns):
+    one = turns()
+    listener = server.client.pubsub(ignore_subscribe_messages=True)
+    listener.psubscribe("*")
+    listener.get_message(timeout=5)
+    asked(server.client)
+    for number in range(50):
+        one.store(f"t{number}", {"n": number})
+    assert one.ended == [] and one.grouped.are_waiting
+    one.grouped.flush()
+    assert one.ended == [f"t{number}" for number in range(50)] and not one.grouped.are_waiting
+    counts = asked(server.client)
+    assert counts["evalsha"] <= 2, "Redis does not know the script at first"
+    assert (counts["get"], counts["setex"], counts["publish"]) == (50, 50, 50)
+    for number in range(50):
+        message = listener.get_message(timeout=5)
+        key = f"celery-task-meta-t{number}".encode()
+        assert (message["channel"], message["data"]) == (key, server.client.get(key))
+        assert one.app.AsyncResult(f"t{number}").get(timeout=1) == {"n": number}
+    listener.close()
+
+
+@pytest.mark.parametrize("conf", [{}, {"result_extended": True}, {"result_expires": None}, {"result_expires": 60}])
+@pytest.mark.parametrize("state", [states.SUCCESS, states.FAILURE, states.RETRY])
+def test_what_is_stored_is_what_celery_stores(server, turns, conf, state):
+    request = {"id": "t", "task": "results.task", "args": [1], "kwargs": {"a": 2}, "retries": 1, "group": "g"}
+    found = []
+    for may_wait in (False, True):
+        server.client.flushall()
+        one = turns(result_failure_expires=30, **conf)
+        one.may_wait = may_wait
+        value = ValueError("odd", 1) if state != states.SUCCESS else {"ünï": [1.5, None]}
+        one.store("t", value, state, traceback="text", request=one.task.request_stack.top or _context(request))
+        assert one.grouped.are_waiting == may_wait
+        one.grouped.flush()
+        assert one.ended == ["t"]
+        stored = meta(server.client, "t")
+        assert bool(stored.pop("date_done")) == (state != states.RETRY)
+        found.append((stored, server.client.ttl("celery-task-meta-t")))
+    assert found[0] == found[1]
+
+
+def _context(request):
+    from celery.app.task import Context
+
+    return Context(request)
+
+
+def test_expiry_is_celerys():
+    class Backend:
+        expires, failure_expires = 60, 30
+
+    assert (expiry(Backend, states.SUCCESS), expiry(Backend, states.FAILURE)) == (60, 30)
+    Backend.expires, Backend.failure_expires = None, None
+    assert expiry(Backend, states.FAILURE) == 0
+
+
+def test_a_success_is_never_overwritten_and_other_states_are(server, turns):
+    one = turns()
+    for state in (states.SUCCESS, states.STARTED, states.FAILURE, "PROGRESS"):
+        server.client.set(f"celery-task-meta-{state}", json.dumps({"status": state, "result": "first"}))
+        one.store(state, "second")
+    one.grouped.flush()
+    assert len(one.ended) == 4
+    now = {state: meta(server.client, state)["result"] for state in (states.SUCCESS, states.STARTED, "PROGRESS")}
+    assert now == {states.SUCCESS: "first", states.STARTED: "second", "PROGRESS": "second"}
+
+
+def test_one_tasks_results_are_stored_in_order(server, turns):
+    """A group may hold two of one task that came back."""
+    one = turns()
+    one.store("t", ValueError("first"), states.RETRY)
+    one.store("t", "second", states.SUCCESS)
+    one.store("t", ValueError("third"), states.FAILURE)
+    one.grouped.flush()
+    assert (one.state("t"), meta(server.client, "t")["result"]) == ("SUCCESS", "second")
+
+
+@pytest.mark.parametrize(
+    "stored", [b"no json", b"[1]", b"5", b'{"result": 1}', b"\xff", b'{"status": "SUCCESS", "r": "%s"}']
+)
+def test_what_redis_cannot_judge_is_left_to_celery(server, turns, stored):
+    """Then whatever Celery makes of it happens, an error or a store, as without groups."""
+    ends = []
+    for may_wait in (False, True):
+        server.client.set("celery-task-meta-t", stored.replace(b"%s", b"x" * results.LARGEST_BYTES))
+        one = turns()
+        one.may_wait = may_wait
+        one.store("t", "new")
+        one.store("other", "new")
+        one.grouped.flush()
+        ends.append((sorted(one.ended), {key: type(error) for key, error in one.errors.items()}))
+        assert one.state("other") == "SUCCESS"
+        assert server.client.get("celery-task-meta-t").startswith(
+            (stored[:5], b'{"status": "SUCCESS", "result": "new"')
+        )
+    assert ends[0] == ends[1]
+
+
+def test_a_key_of_another_kind_costs_only_its_own_result(server, turns):
+    server.client.lpush("celery-task-meta-odd", 1)
+    one = turns()
+    for task_id in ("a", "odd", "b"):
+        one.store(task_id, 1)
+    one.grouped.flush()
+    assert sorted(one.ended) == ["a", "b"]
+    assert isinstance(one.errors["odd"], redis.ResponseError)
+
+
+def test_a_full_redis_is_an_error_in_each_task_as_with_celery(server, turns):
+    one = turns()
+    one.store("a", 1), one.store("b", 2)
+    server.client.config_set("maxmemory", 1)
+    try:
+        one.grouped.flush()
+        assert {type(error) for error in one.errors.values()} == {redis.OutOfMemoryError}
+        assert set(one.errors) == {"a", "b"}
+    finally:
+        server.client.config_set("maxmemory", 0)
+    one.store("c", 3)
+    one.grouped.flush()
+    assert one.state("c") == "SUCCESS"
+
+
+def test_where_the_script_may_not_run_celery_goes_on_alone(server, turns, caplog):
+    server.client.execute_command("ACL", "SETUSER", "plain", "on", "nopass", "~*", "&*", "+@all", "-evalsha")
+    try:
+        one = Turns(server.url.replace("redis://", "redis://plain:x@"))
+        one.store("a", 1), one.store("b", 2)
+        one.grouped.flush()
+        assert one.ended == ["a", "b"] and one.state("a") == one.state("b") == "SUCCESS"
+        one.store("c", 3)
+        assert one.ended == ["a", "b", "c"], "at once, while the pause lasts"
+        assert caplog.text.count("Redis refused a script") == 1
+        one.backend.client.close()
+    finally:
+        server.client.acl_deluser("plain")
+
+
+def test_scripts_flushed_under_a_running_driver(server, turns):
+    one = turns()
+    for task_id in ("a", "b"):
+        server.client.script_flush()
+        one.store(task_id, 1)
+        one.grouped.flush()
+    assert one.ended == ["a", "b"]
+
+
+def test_redis_away_is_the_error_celery_would_raise_in_each_task(tmp_path):
+    server = RedisServer(tmp_path)
+    try:
+        one = Turns(server.url)
+        one.store("before", 1)
+        one.grouped.flush()
+        server.client.close()
+        server.kill_group()
+        one.store("a", 1), one.store("b", 2)
+        one.grouped.flush()
+        assert {type(error) for error in one.errors.values()} == {redis.ConnectionError}
+        assert one.errors["a"] is not one.errors["b"]
+        again = RedisServer(tmp_path, port=server.port)
+        one.store("c", 3)
+        one.grouped.flush()
+        assert one.ended == ["before", "c"] and one.state("c") == "SUCCESS"
+        again.client.close()
+        again.kill_group()
+    finally:
+        server.kill_group()
+
+
+def test_celerys_own_retries_go_on(tmp_path):
+    """`result_backend_always_retry`: the error reaches Celery's policy, which asks again, and gives up as ever."""
+    server = RedisServer(tmp_path)
+    one = Turns(
+        server.url, result_backend_always_retry=True, result_backend_max_retries=2,
+        result_backend_max_sleep_between_retries_ms=1,
+    )  # fmt: skip
+    tries = []
+    one.backend.on_backend_retryable_error = tries.append
+    server.client.close()
+    server.kill_group()
+    one.store("a", 1)
+    while one.grouped.are_waiting:
+        one.grouped.flush()
+    assert len(tries) == 2
+    assert isinstance(one.errors["a"], BackendStoreError)
+
+
+def test_what_is_ended_from_outside_is_not_stored(server, turns):
+    one = turns()
+    ended = one.store("a", 1)
+    one.store("b", 2)
+    ended.throw(greenlet.GreenletExit)
+    one.grouped.flush()
+    assert one.ended == ["b"]
+    assert (one.state("a"), one.state("b")) == ("PENDING", "SUCCESS")
+
+
+def test_other_states_and_places_are_stored_at_once(server, turns):
+    one = turns()
+    one.store("a", {"done": 1}, "PROGRESS")
+    one.store("b", {"pid": 1}, states.STARTED)
+    one.backend.store_result("c", 1, states.SUCCESS)
+    assert not one.grouped.are_waiting
+    assert [one.state(each) for each in "abc"] == ["PROGRESS", "STARTED", "SUCCESS"]
+
+
+def test_a_result_that_cannot_be_written_fails_before_it_joins_the_others(server, turns):
+    one = turns()
+    one.store("a", {"odd": object()})
+    one.store("b", 1)
+    one.grouped.flush()
+    assert one.ended == ["b"]
+    assert type(one.errors["a"]).__name__ == "EncodeError"
+
+
+def test_large_groups_are_stored_in_parts(server, turns, monkeypatch):
+    one = turns()
+    big = "x" * (results.MOST_BYTES // 2)
+    for number in range(3):
+        one.store(f"big{number}", big)
+    for number in range(results.MOST_RESULTS + 1):
+        one.store(f"t{number}", number)
+    asked(server.client)
+    one.grouped.flush()
+    assert len(one.ended) == results.MOST_RESULTS + 4
+    assert asked(server.client)["evalsha"] in (4, 5)
+    assert one.app.AsyncResult("big2").get(timeout=5) == big
+
+
+def test_whatever_is_not_celerys_own_json_is_left_alone(server):
+    def backend(cls=RedisBackend, **conf):
+        app = Celery("other", set_as_current=False)
+        app.conf.update(**conf)
+        return cls(app=app, url=server.url)
+
+    class Own(RedisBackend):
+        def _set_with_state(self, key, value, state):
+            return super()._set_with_state(key, value, state)
+
+    assert can_be_grouped(backend())
+    assert not can_be_grouped(backend(Own))
+    assert not can_be_grouped(backend(result_serializer="pickle"))
+    assert not can_be_grouped(backend(result_compression="gzip"))
+    assert not can_be_grouped(Celery("mem", backend="cache+memory://", set_as_current=False).backend)
+    instrumented = backend()
+    instrumented.set = lambda *args, **kwargs: None
+    assert not can_be_grouped(instrumented)
+
+
+# ---- in the driver, with Celery's own tracers
+
+
+@pytest.fixture
+def lab(server, monkeypatch):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
+    settings.cache_clear()
+    lab = Lab(monkeypatch, server.url)
+    yield lab
+    lab.app.backend.client.close()
+    settings.cache_clear()
+
+
+def turn(lab):
+    """What the loop does at its end; the answers that leave."""
+    lab.driver._results.flush()
+    return [answer.serial for answer in lab.answers()]
+
+
+def called(lab, count):
+    """A call with that many tasks, all other tasks ended."""
+    lab.event = _with_turn(lab, lab.event)
+    call = shared_call(lab, count)
+    del lab.event
+    lab.answers()
+    return call
+
+
+def _with_turn(lab, event):
+    def take(each):
+        event(each)
+        lab.driver._results.flush()
+
+    return take
+
+
+def state(lab, serial):
+    return lab.app.AsyncResult(str(serial)).state
+
+
+def test_a_task_is_done_when_its_result_is_stored(lab):
+    call = called(lab, 3)
+    lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+    assert lab.answers() == [] and lab.driver._timeout() == 0.0, "the loop must not sleep over it"
+    assert [state(lab, serial) for serial in (2, 3, 4)] == ["PENDING"] * 3
+    assert turn(lab) == [2, 3, 4]
+    assert [state(lab, serial) for serial in (2, 3, 4)] == ["SUCCESS"] * 3
+    assert not lab.driver._tasks and lab.driver._timeout() > 0
+
+
+def test_late_news_of_a_task_whose_result_is_being_stored_changes_nothing(lab):
+    call = called(lab, 1)
+    (task,) = call.tasks
+    lab.event(Replied(call.id, Reply((succeeded(task, "first"),), 0.0), ""))
+    lab.driver._tracing.resume(lab.driver._tasks[2], succeeded(task, "second"))
+    assert turn(lab) == [2]
+    assert lab.app.AsyncResult("2").get(timeout=1) == "first"
+
+
+def test_a_task_ended_while_its_result_waits_stores_nothing_and_costs_nobody(lab):
+    call = called(lab, 2)
+    lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+    lab.driver._tracing.stop(lab.driver._tasks[2])
+    assert turn(lab) == [3]
+    assert (state(lab, 2), state(lab, 3)) == ("PENDING", "SUCCESS")
+
+
+def test_hooks_never_interleave_whatever_they_store(lab):
+    """A hook may hold a lock around what it asks of the backend."""
+    said = []
+
+    def on_success(sender, **_):
+        task_id = sender.request.id
+        said.append(f"in {task_id}")
+        lab.app.backend.store_result(task_id, 1, states.SUCCESS)
+        lab.app.backend.store_result(f"other-{task_id}", 1, states.FAILURE)
+        said.append(f"out {task_id}")
+
+    signals.task_success.connect(on_success, sender=lab.app.tasks["lab.echo"], weak=False)
+    call = called(lab, 3)
+    said.clear()
+    lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+    assert said == []
+    assert turn(lab) == [2, 3, 4]
+    assert said == [f"{way} {task_id}" for task_id in (2, 3, 4) for way in ("in", "out")]
+    signals.task_success.disconnect(on_success, sender=lab.app.tasks["lab.echo"])
+
+
+def test_states_before_the_outcome_are_stored_at_once(lab):
+    """STARTED before the call leaves, progress while the body runs: nothing may wait in the driver for those."""
+    task = lab.app.tasks["lab.echo"]
+    task.track_started = True
+    task.__trace__ = build_tracer("lab.echo", task, lab.app.loader, "lab@here", app=lab.app)
+    call = called(lab, 1)
+    assert state(lab, 2) == "STARTED"
+    wish = pickle.dumps([Wish("update_state", (), {"state": "PROGRESS", "meta": {"at": 1}})])
+    lab.event(Replied(call.id, Reply((Pending(call.tasks[0].token, True, (wish,)),), 0.0), ""))
+    assert state(lab, 2) == "PROGRESS"
+    assert not lab.driver._results.are_waiting
+    lab.event(Replied(call.id, Reply((succeeded(call.tasks[0], 1),), 0.0), ""))
+    assert turn(lab) == [2] and state(lab, 2) == "SUCCESS"
+
+
+@pytest.mark.filterwarnings("ignore:Exception raised outside body:RuntimeWarning")
+def test_a_backend_that_is_away_costs_each_task_its_result_and_not_the_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
+    settings.cache_clear()
+    server = RedisServer(tmp_path)
+    try:
+        lab = Lab(monkeypatch, server.url)
+        call = called(lab, 2)
+        lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
+        server.client.close()
+        server.kill_group()
+        lab.driver._results.flush()
+        answers = lab.answers()
+        assert [type(answer) for answer in answers] == [link.Ended, link.Ended]
+        errors = [getattr(answer.einfo.exception, "exc", answer.einfo.exception) for answer in answers]
+        assert {type(error) for error in errors} == {redis.ConnectionError}
+    finally:
+        server.kill_group()
+        settings.cache_clear()
