@@ -21,6 +21,7 @@ class Approach(NamedTuple):
     needs_ray: bool = False
     actor_title: str = ""  # of its actors, so that other approaches on the cluster are not charged for them
     is_celery: bool = True  # else the command gets nothing added and reads BENCH_QUEUE and BENCH_ACTORS
+    stores_started: bool = False  # a result is there when a task starts, and the message is acknowledged at its end
     cluster: int = 0  # which of the run's clusters it joins
 
 

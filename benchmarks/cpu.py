@@ -62,9 +62,10 @@ class Family:
 
     def snapshot(self) -> Snapshot:
         """CPU time of every member so far."""
-        return {(p.pid, p.create_time()): usage for p, kind in self._members() if (usage := usage_of(p, kind))}
+        return {(p.pid, p.create_time()): usage for p, kind in self.members() if (usage := usage_of(p, kind))}
 
-    def _members(self) -> Iterator[tuple[psutil.Process, Kind]]:
+    def members(self) -> Iterator[tuple[psutil.Process, Kind]]:
+        """The living processes of the family."""
         yield self._redis, Kind.REDIS
         yield self._worker, Kind.WORKER
         for process in self._worker.children(recursive=True):

@@ -5,6 +5,7 @@ the worker's queue. So the clock starts at a known moment, and sending costs the
 caller who sends one task, waits for its result, and sends the next.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 import redis
 from celery import Celery
+from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from benchmarks import machine
 from benchmarks.approaches import Approach
@@ -137,6 +139,17 @@ class Lane:
         self.caller.send_task(task, args, queue=self.approach.name).get(timeout=FIRST_RESULT_S)
         return time.perf_counter() - began
 
+    def open_connections(self) -> None:
+        """Have the caller make its connections, so that its first call does not pay for them."""
+        with contextlib.suppress(CeleryTimeoutError):
+            self.caller.send_task("nobody", queue=f"{self.approach.name}.nobody").get(timeout=0.2)
+
+    def await_answer(self) -> None:
+        """Return once the worker answers a ping: it has started."""
+        name = f"{self.approach.name}@bench"
+        ping = self.caller.control.ping
+        self.wait(lambda: bool(ping(destination=[name], timeout=0.5)), FIRST_RESULT_S, "an answer to a ping")
+
     def send(self, message: Message) -> None:
         """Send one task straight to the worker's queue and forget it; its value is among `values` later."""
         self._sender.send_task(message.task, message.args, queue=self.approach.name)
@@ -144,6 +157,8 @@ class Lane:
     def await_results(self, tasks: int, patience_s: float = LAST_RESULT_S) -> float:
         """When the last of `tasks` results was seen, all of them successes."""
         seen = self.await_stored(tasks, patience_s)
+        if self.approach.stores_started:
+            seen = self.await_acknowledged()
         self.values()
         return seen
 

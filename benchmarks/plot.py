@@ -45,7 +45,12 @@ def bars(axes: Any, rows: Sequence[tuple[str, Spread, str]], title: str, unit: s
 def limit(axes: Any, value: float, text: str, vertical: bool = True) -> None:
     """A dashed line at a target, named in the legend."""
     (axes.axvline if vertical else axes.axhline)(value, color="#2b8a3e", linestyle="--", label=text)
-    axes.legend(fontsize=9, frameon=False)
+    legend_below(axes)
+
+
+def legend_below(axes: Any) -> None:
+    """A legend that covers nothing."""
+    axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def share_below(axes: Any, values: Sequence[float], colour: str, label: str) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cpu import Kind
-from benchmarks.plot import colour_of, finish, footnote, plain_numbers
+from benchmarks.plot import bars, colour_of, finish, footnote, plain_numbers
 from benchmarks.report import number
-from benchmarks.samples import Spread, Summary, percentile
+from benchmarks.samples import Summary, percentile
 
 #: A bar longer than this many times the median bar does not fit on a linear axis.
 FITS = 8
@@ -26,35 +26,18 @@ KIND_COLOURS = {
 def draw(
     pyplot: Any, summaries: Sequence[Summary], latencies_ms: Mapping[str, list[float]], about: Mapping[str, Any]
 ) -> Any:
-    """Four panels that share the approaches as rows."""
-    made, panels = pyplot.subplots(2, 2, figsize=(14, 4 + 0.75 * len(summaries)), layout="constrained", sharey=True)
-    (throughput, latency), (cost, parts) = panels
-    _bars(throughput, [s.throughput for s in summaries], summaries, "Tasks per second from a backlog\nmore is better")
+    """Three panels that share the approaches as rows."""
+    size = 20, 3 + 0.55 * len(summaries)
+    made, (throughput, latency, parts) = pyplot.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
+    rows = [(s.title, s.throughput, colour_of(s.approach)) for s in summaries]
+    bars(throughput, rows, "Tasks per second from a backlog\nmore is better")
+    for label, summary in zip(throughput.get_yticklabels(), summaries, strict=True):
+        label.set_fontweight("bold" if summary.approach == "bridge" else "normal")
     _distributions(latency, summaries, latencies_ms)
-    _bars(cost, [s.cpu_ms for s in summaries], summaries, "CPU per task, all processes together (ms)\nless is better")
     _stacks(parts, summaries)
-    cost.set_yticks(range(len(summaries)), [s.title for s in summaries])
-    for axes in (throughput, cost):
-        for label, summary in zip(axes.get_yticklabels(), summaries, strict=True):
-            label.set_fontweight("bold" if summary.approach == "bridge" else "normal")
-    cost.invert_yaxis()  # and with it that of all panels, which share it
     made.suptitle("A task that does nothing: what the way there and back costs", fontsize=15, fontweight="bold")
-    made.supxlabel(footnote(about, 190), fontsize=8, color="#495057")
+    made.supxlabel(footnote(about, 260), fontsize=8, color="#495057")
     return made
-
-
-def _bars(axes: Any, values: Sequence[Spread], summaries: Sequence[Summary], title: str) -> None:
-    """One bar each on a logarithmic axis, with the median as a number and the extremes as a line."""
-    medians = [v.median for v in values]
-    reach = [[v.median - v.low for v in values], [v.high - v.median for v in values]]
-    lines = {"ecolor": "#343a40", "capsize": 3}
-    colours = [colour_of(s.approach) for s in summaries]
-    axes.barh(range(len(values)), medians, xerr=reach, color=colours, error_kw=lines, log=True)
-    for place, value in enumerate(values):
-        axes.text(value.high * 1.15, place, number(value.median), va="center", fontweight="bold")
-    axes.set_xlim(min(medians) / 3, max(v.high for v in values) * 4)
-    finish(axes, title)
-    plain_numbers(axes.xaxis)
 
 
 def _stacks(axes: Any, summaries: Sequence[Summary]) -> None:
@@ -68,11 +51,11 @@ def _stacks(axes: Any, summaries: Sequence[Summary]) -> None:
             axes.barh(range(len(widths)), widths, left=left, label=kind.value, color=KIND_COLOURS[kind])
             left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, (summary, fit) in enumerate(zip(summaries, fits, strict=True)):
-        if not fit:
-            text = f"  {number(summary.cpu_ms.median)} ms: far beyond this scale"
-            axes.text(0, place, text, va="center", style="italic")
+        text = f" {number(summary.cpu_ms.median)}" + ("" if fit else ": far beyond this scale")
+        axes.text(left[place], place, text, va="center", fontweight="bold")
+    axes.set_xlim(0, max(left) * 1.15)
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
-    finish(axes, "The same CPU by kind of process (ms)\nlinear scale")
+    finish(axes, "CPU per task by kind of process (ms)\nless is better")
 
 
 def _distributions(axes: Any, summaries: Sequence[Summary], latencies_ms: Mapping[str, list[float]]) -> None:
@@ -88,5 +71,8 @@ def _distributions(axes: Any, summaries: Sequence[Summary], latencies_ms: Mappin
     everything = [v for s in summaries for v in latencies_ms[s.approach]]
     axes.set_xscale("log")
     axes.set_xlim(min(everything) / 1.5, max(everything) * 3)
-    finish(axes, "Send to result, one task at a time (ms)\ndots: calls, bar: 5..95 %, mark and number: median")
+    finish(
+        axes,
+        "Send to result, one task at a time (ms, logarithmic)\nless is better; bar: 5..95 %, number: median",
+    )
     plain_numbers(axes.xaxis)

@@ -1,5 +1,6 @@
 """What bodies say of when they ran, and what follows from it. Pure. Seconds of the monotonic clock of one host."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def gaps_ms(runs: Iterable[Ran]) -> list[float]:
     return [
         1000 * (later.began - earlier.ended)
         for mine in by_executor(runs).values()
-        for earlier, later in zip(mine, mine[1:], strict=False)
+        for earlier, later in itertools.pairwise(mine)
     ]
 
 

@@ -35,7 +35,7 @@ class Session:
         self._stacks: dict[str, ExitStack] = {}
 
     def start(self, approaches: Sequence[Approach], warm_up: Callable[[Approach], int]) -> None:
-        """Start Redis, Ray and the workers one after the other, and warm each up with so many tasks."""
+        """Start Redis, Ray and the workers one after the other, and warm each up with so many tasks, if any."""
         server, url = self._services.enter_context(redis_server(self._folder))
         with redis.Redis.from_url(url) as client:
             self.redis_version = str(client.info()["redis_version"])
@@ -45,7 +45,8 @@ class Session:
             cluster = clusters.get(approach.cluster) if approach.needs_ray else None
             with self.may_fail(approach.name):
                 self._start_lane(approach, server, url, database, cluster, approaches)
-                self.lanes[approach.name].warm_up(warm_up(approach))
+                if tasks := warm_up(approach):
+                    self.lanes[approach.name].warm_up(tasks)
 
     def rounds(self, rounds: int, measure: Callable[[int, Lane], None]) -> None:
         """Measure every lane in every round, beginning with another one each time."""

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import plot
 from benchmarks.approaches import blocking_ray, bridge, prefork
 from benchmarks.lane import Lane, Message, per_task_ms
-from benchmarks.records import Record, noise, over, pooled, record_table, summary_of
+from benchmarks.records import Record, noise, over, record_table, summary_of
 from benchmarks.report import QUIET_SHARE
 from benchmarks.run import Benchmark, Conclusion, Size, main
 from benchmarks.runs import busy_share, gaps_ms, in_slices, runs_of
@@ -31,7 +31,7 @@ class Waiting(Benchmark):
 
     name = "waiting"
     doc = __doc__
-    title = "Bodies of 50 ms on 8 actors: how busy are the GPUs?"
+    title = "Bodies that wait for the device, on 8 actors: how busy are the GPUs?"
     gpus = (ACTORS,)
     approaches = APPROACHES
     sizes = {"rounds": (5, 2, 5), "tasks": (1200, 48, 4000), "body_ms": (50.0, 20.0, 50.0)}
@@ -68,10 +68,11 @@ class Waiting(Benchmark):
         for index, name in enumerate(n for n, v in measured.items() if v):
             record = next(r for r in self.records if r.lane == name)
             colour = plot.BRIDGE if name == "bridge" else plot.SERIES[index % 5]
-            course.step(record.lists["slice_s"], record.lists["slice_busy"], color=colour, label=TITLES[name], linewidth=2)
+            slices = record.lists["slice_s"], record.lists["slice_busy"]
+            course.step(*slices, color=colour, label=TITLES[name], linewidth=2)
         course.set_xlabel("seconds since the first body began")
         course.set_ylim(0, 105)
-        course.legend(fontsize=9, frameon=False, loc="lower left")
+        plot.legend_below(course)
         plot.finish(course, "The same over the time of one round (%)\nright end: the last tasks run out", "y")
         return made
 
@@ -93,7 +94,8 @@ class Waiting(Benchmark):
         }
         lists = {"slice_s": [round(s, 3) for s in slice_s], "slice_busy": [round(b, 1) for b in slice_busy]}
         self.records.append(Record(lane=running.approach.name, round=number, figures=figures, lists=lists))
-        say(f"round {number}  {running.approach.name:<14} busy {figures['busy']:.3f}  time {figures['finish']:.3f} x ideal")
+        busy, finish = figures["busy"], figures["finish"]
+        say(f"round {number}  {running.approach.name:<14} busy {busy:.3f}  time {finish:.3f} x ideal")
 
 
 def _percent(value: Any) -> Any:
