@@ -1,4 +1,4 @@
-"""`python -m benchmarks.photos`: real photographs through `celery_app.tasks.images.enhance`: denoise, equalise, sharpen."""
+"""`python -m benchmarks.photos`: photographs, denoised, equalised and sharpened by `celery_app`'s pipeline."""
 
 import base64
 import sys

@@ -1,4 +1,4 @@
-"""What `photos` and `arrays` share: a task of `celery_app` through the bridge, as a CPU task, and with blocking calls."""
+"""What `photos` and `arrays` share: a task of `celery_app` on the bridge, as a CPU task, and with blocking calls."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def approaches(task: str) -> tuple[Approach, ...]:
     fields = {"task": task, "stores_started": True}
     return (
         bridge("celery_app", **fields),
-        prefork("celery_app", title="Celery prefork, the same code on NumPy", **fields),
+        prefork("benchmarks.apps.plain_real", title="Celery prefork, the same code on NumPy", **fields),
         blocking_ray("benchmarks.apps.blocking_real", **fields),
     )
 
