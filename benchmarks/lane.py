@@ -141,8 +141,10 @@ class Lane:
 
     def open_connections(self) -> None:
         """Have the caller make its connections, so that its first call does not pay for them."""
+        result = self.caller.send_task("nobody", queue=f"{self.approach.name}.nobody")
         with contextlib.suppress(CeleryTimeoutError):
-            self.caller.send_task("nobody", queue=f"{self.approach.name}.nobody").get(timeout=0.2)
+            result.get(timeout=0.2)
+        result.forget()
 
     def await_answer(self) -> None:
         """Return once the worker answers a ping: it has started."""
