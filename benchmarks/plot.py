@@ -50,14 +50,14 @@ def limit(axes: Any, value: float, text: str, vertical: bool = True) -> None:
 
 def legend_below(axes: Any) -> None:
     """A legend that covers nothing."""
-    axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def share_below(axes: Any, values: Sequence[float], colour: str, label: str) -> None:
     """A distribution as the share of values that are at most x."""
     ordered = sorted(values)
     shares = [(index + 1) / len(ordered) * 100 for index in range(len(ordered))]
-    axes.step(ordered, shares, where="post", color=colour, label=label, linewidth=2)
+    axes.step([ordered[0], *ordered], [0.0, *shares], where="post", color=colour, label=label, linewidth=2)
 
 
 def finish(axes: Any, title: str, grid: str = "x") -> None:

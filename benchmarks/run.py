@@ -86,6 +86,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
             return 1
         facts = machine.facts(session.redis_version)
         benchmark.measure(session, options.size)
+        facts["redis"] = session.redis_version  # known later where each measurement starts its own
     conclusion = benchmark.conclude()
     about = {
         "benchmark": benchmark.name,

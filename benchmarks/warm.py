@@ -77,6 +77,7 @@ class Warm(Benchmark):
                 x = [place + 0.15 * (index - 1) for place in range(1, len(values) + 1)]
                 course.plot(x, values, "o", color=plot.SERIES[index], markersize=4, alpha=0.7, label=label)
         course.set_ylim(bottom=0)
+        course.xaxis.get_major_locator().set_params(integer=True)
         course.set_xlabel("tasks in the order they were sent after start-up; a dot for each round")
         plot.limit(course, 2.0, "target for the first: 2 x", vertical=False)
         plot.finish(course, "Time from send to result, as a multiple of the median of tasks 2 and later", "y")
