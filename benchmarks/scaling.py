@@ -1,7 +1,8 @@
 """`python -m benchmarks.scaling`: 1, 2, 4 and 8 actors with waiting bodies; and two workers that share eight actors.
 
 Every number of actors has a cluster of its own with that many logical GPUs. All are up for the whole run, so that each
-round measures all of them. Two more workers on the largest cluster then work off a backlog each at the same time.
+round measures all of them. Then the worker of the largest cluster and another one there work off a backlog each at the
+same time.
 """
 
 import sys
@@ -29,13 +30,11 @@ def _lane(name: str, title: str, cluster: int) -> Approach:
 SCALED = tuple(
     _lane(f"bridge-{count}", f"{count} actor{'s' * (count > 1)}", index) for index, count in enumerate(ACTORS)
 )
-PAIR = (
-    _lane("bridge-first", "first of two workers", len(ACTORS) - 1),
-    _lane("bridge-second", "second of two workers", len(ACTORS) - 1),
-)
-TITLES = {a.name: a.title for a in (*SCALED, *PAIR)}
+SECOND = _lane("bridge-second", "another worker on the same 8 actors", len(ACTORS) - 1)
 COLUMNS = {"throughput": "tasks/s", "ideal": "share of ideal", "busy": "busy share", "cpu_ms": "CPU ms/task"}
 MOST = SCALED[-1].name
+PAIR = MOST, SECOND.name
+TWO = "two workers"
 
 
 class Scaling(Benchmark):
@@ -45,7 +44,7 @@ class Scaling(Benchmark):
     doc = __doc__.split("\n")[0]
     title = "Do more actors mean more work done, and do two workers share them?"
     gpus = ACTORS
-    approaches = (*SCALED, *PAIR)
+    approaches = (*SCALED, SECOND)
     sizes = {"rounds": (5, 2, 5), "tasks_per_actor": (75, 8, 150), "body_ms": (50.0, 20.0, 50.0)}
 
     def __init__(self) -> None:
@@ -65,13 +64,13 @@ class Scaling(Benchmark):
 
         session.rounds(int(size["rounds"]), one)
         for number in range(1, int(size["rounds"]) + 1):
-            if all(a.name in session.lanes for a in PAIR):
-                with session.may_fail(PAIR[0].name):
-                    self._together(number, [session.lanes[a.name] for a in PAIR], size)
+            if all(name in session.lanes for name in PAIR):
+                with session.may_fail(SECOND.name):
+                    self._together(number, [session.lanes[name] for name in PAIR], size)
 
     def conclude(self) -> Conclusion:
         """Throughput and shares."""
-        shares = [min(r.figures["share"], 1 - r.figures["share"]) for r in self.records if r.lane == "bridge-first"]
+        shares = [min(r.figures["share"], 1 - r.figures["share"]) for r in self.records if r.lane == TWO]
         text = record_table(self.records, {a.name: a.title for a in SCALED}, COLUMNS, "waiting bodies")
         targets = [
             at_least("throughput of 8 actors against 1", ratio(self.records, "throughput", MOST, "bridge-1"), 7.5),
@@ -97,7 +96,7 @@ class Scaling(Benchmark):
         curve.set_xlabel("actors")
         plot.legend_below(curve)
         plot.finish(curve, f"Tasks per second, bodies of {1000 * body_s:g} ms\nmore is better", "both")
-        pair = [r for r in self.records if r.lane == "bridge-first"]
+        pair = [r for r in self.records if r.lane == TWO]
         rounds, first = [r.round for r in pair], [100 * r.figures["share"] for r in pair]
         shares.bar(rounds, first, color=plot.SERIES[0], label="first worker")
         shares.bar(rounds, [100 - value for value in first], bottom=first, color=plot.SERIES[1], label="second worker")
@@ -137,7 +136,7 @@ class Scaling(Benchmark):
         window = shared_window(first, second)
         mine, theirs = used_s(first, *window), used_s(second, *window)
         figures = {"share": mine / (mine + theirs), "both_s": window[1] - window[0]}
-        self.records.append(Record(lane="bridge-first", round=number, figures=figures))
+        self.records.append(Record(lane=TWO, round=number, figures=figures))
         say(f"round {number}  two workers: the first had {100 * figures['share']:.0f} % over {figures['both_s']:.1f} s")
 
 

@@ -76,14 +76,24 @@ def started(command: list[str], folder: Path, name: str, env: Mapping[str, str],
         stop(process)
 
 
+#: Trees of processes that were asked to end, by the pid of their root: as they were when they were asked.
+_asked: dict[int, list[psutil.Process]] = {}
+
+
+def ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM, once; `stop` waits."""
+    if process.poll() is None and process.pid not in _asked:
+        root = psutil.Process(process.pid)
+        _asked[process.pid] = [root, *root.children(recursive=True)]
+        process.terminate()
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask a process to end, and kill what is left of its tree after `STOP_S`."""
-    if process.poll() is None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        _, left = psutil.wait_procs(family, timeout=STOP_S)
-        for member in left:
-            member.kill()
+    ask_to_end(process)
+    _, left = psutil.wait_procs(_asked.pop(process.pid, []), timeout=STOP_S)
+    for member in left:
+        member.kill()
     process.wait()
 
 

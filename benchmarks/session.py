@@ -12,7 +12,7 @@ import redis
 
 from benchmarks.approaches import Approach
 from benchmarks.lane import Addresses, Lane, lane
-from benchmarks.services import Cluster, Running, StartFailed, ray_cluster, redis_server
+from benchmarks.services import Cluster, Running, StartFailed, ask_to_end, ray_cluster, redis_server
 
 #: Tasks that even the slowest approach gets.
 FEWEST_TASKS = 4
@@ -33,6 +33,7 @@ class Session:
         self.redis_version = ""
         self._services, self._folder, self._gpus = services, folder, gpus
         self._stacks: dict[str, ExitStack] = {}
+        self._workers = ExitStack()
 
     def start(self, approaches: Sequence[Approach], warm_up: Callable[[Approach], int]) -> None:
         """Start Redis, Ray and the workers one after the other, and warm each up with so many tasks, if any."""
@@ -41,6 +42,10 @@ class Session:
             self.redis_version = str(client.info()["redis_version"])
         needed = {a.cluster for a in approaches if a.needs_ray}
         clusters = {index: self._start_ray(index) for index in sorted(needed)}
+        # All are asked to end before the first is waited for: workers, and once they have ended, clusters.
+        self._services.callback(_ask_all, [cluster.running for cluster in clusters.values() if cluster])
+        self._services.enter_context(self._workers)
+        self._services.callback(lambda: _ask_all([running.worker for running in self.lanes.values()]))
         for database, approach in enumerate(approaches, start=1):
             cluster = clusters.get(approach.cluster) if approach.needs_ray else None
             with self.may_fail(approach.name):
@@ -88,10 +93,16 @@ class Session:
         if approach.needs_ray and not cluster:
             raise StartFailed("there is no Ray cluster")
         say(f"starting {approach.name}")
-        own = self._stacks[approach.name] = self._services.enter_context(ExitStack())
+        own = self._stacks[approach.name] = ExitStack()
+        self._workers.push(own)
         addresses = Addresses(server, url, database, cluster)
         others = [a for a in approaches if a.cluster == approach.cluster and a.name != approach.name]
         self.lanes[approach.name] = own.enter_context(lane(approach, addresses, self._folder, others))
+
+
+def _ask_all(processes: Sequence[Running]) -> None:
+    for running in processes:
+        ask_to_end(running.process)
 
 
 def rotated(names: list[str], by: int) -> list[str]:

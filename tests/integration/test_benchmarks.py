@@ -21,7 +21,7 @@ SMOKE = {
     "waiting": "--rounds 1 --only bridge,blocking-ray",
     "mixed": "--rounds 1 --only bridge,prefork",
     "growth": "--rounds 1 --only bridge",
-    "scaling": "--rounds 1",
+    "scaling": "--rounds 1 --only bridge-1,bridge-8,bridge-second",
     "warm": "--only bridge-noop",
     "photos": "--rounds 1 --only bridge,prefork",
     "arrays": "--rounds 1 --only bridge,blocking-ray",
