@@ -14,9 +14,10 @@ import psutil
 
 from benchmarks import plot
 from benchmarks.approaches import bridge, prefork
-from benchmarks.cpu import Kind
+from benchmarks.cpu import Kind, Watch
 from benchmarks.lane import Lane
-from benchmarks.records import Record, over, pooled, record_table, summary_of
+from benchmarks.records import Record, noise, over, pooled, record_table, summary_of
+from benchmarks.report import QUIET_SHARE
 from benchmarks.run import Benchmark, Conclusion, Size, main
 from benchmarks.samples import Spread, spread
 from benchmarks.session import Session, say
@@ -40,6 +41,7 @@ class Growth(Benchmark):
     doc = __doc__.split("\n")[0]
     title = "Growth: time per task against tasks queued, memory against tasks done"
     approaches = APPROACHES
+    usual = "bridge"  # prefork only where it is asked whether Celery itself grows
     sizes = {
         "rounds": (5, 2, 5),
         "small": (1000, 100, 1000),
@@ -68,9 +70,16 @@ class Growth(Benchmark):
 
     def conclude(self) -> Conclusion:
         """Time per task by size, and memory at the end against the first after warm-up."""
-        columns = {f"us_{n}": f"us/task, {n} queued" for n in self._sizes} | {"growth": "largest/smallest"}
-        parts = [record_table(self.records, TITLES, columns, "steady state")]
-        targets = [at_most("time per task, largest against smallest", over(self.records, "bridge", "growth"), 1.1)]
+        parts = [
+            record_table(self.records, TITLES, self._columns("us"), "time per task in the steady state (us)"),
+            record_table(self.records, TITLES, self._columns("cpu_us"), "CPU per task, all processes (us)"),
+            noise([r.figures["foreign"] for r in self.records if r.figures], QUIET_SHARE),
+        ]
+        time_growth, cpu_growth = (over(self.records, "bridge", f"{name}_growth") for name in ("us", "cpu_us"))
+        targets = [
+            at_most("time per task, largest against smallest", time_growth, 1.1),
+            at_most("CPU per task, largest against smallest", cpu_growth, 1.1, "x", True),
+        ]
         targets += [
             at_most(f"memory of the {kind.value}, end against start", self._grown(kind), 1.05)
             for kind in (Kind.WORKER, Kind.DRIVER)
@@ -110,25 +119,33 @@ class Growth(Benchmark):
         return made
 
     def _one(self, number: int, running: Lane) -> None:
-        figures = {}
-        memory: list[dict[str, float]] = []
+        figures, memory = {}, []
+        foreign = 0.0
         for tasks in self._sizes:
             repeats = max(1, self._sizes[1] // tasks)
-            times_us = []
+            watch, times_us = Watch(running.family), []
             for _ in range(repeats):
                 times_us.append(steady_us(running, tasks))
                 self._done[running.approach.name] += tasks
+            cpu_s, share = watch.end()
+            foreign = max(foreign, share)
             memory.append({"done": self._done[running.approach.name], **memory_mib(running)})
             figures[f"us_{tasks}"] = sum(times_us) / repeats
-        figures["growth"] = figures[f"us_{self._sizes[-1]}"] / figures[f"us_{self._sizes[0]}"]
+            figures[f"cpu_us_{tasks}"] = 1e6 * sum(cpu_s.values()) / (repeats * tasks)
+        for name in ("us", "cpu_us"):
+            figures[f"{name}_growth"] = figures[f"{name}_{self._sizes[-1]}"] / figures[f"{name}_{self._sizes[0]}"]
+        figures["foreign"] = foreign
         self._remember(number, running, figures, *memory)
-        times = ", ".join(f"{n}: {figures[f'us_{n}']:.0f} us" for n in self._sizes)
-        say(f"round {number}  {running.approach.name:<14} {times}  ({figures['growth']:.3f} x)")
+        times = ", ".join(f"{n}: {figures[f'us_{n}']:.0f} us, CPU {figures[f'cpu_us_{n}']:.0f}" for n in self._sizes)
+        say(f"round {number}  {running.approach.name:<14} {times}  ({figures['us_growth']:.3f} x)")
 
     def _remember(self, number: int, running: Lane, figures: dict[str, float], *memory: dict[str, float]) -> None:
         rows = [{"done": self._done[running.approach.name], **row} for row in memory]
         lists = {name: [round(row.get(name, 0.0), 2) for row in rows] for name in rows[0]}
         self.records.append(Record(lane=running.approach.name, round=number, figures=figures, lists=lists))
+
+    def _columns(self, name: str) -> dict[str, str]:
+        return {f"{name}_{n}": f"{n} queued" for n in self._sizes} | {f"{name}_growth": "largest/smallest"}
 
     def _grown(self, kind: Kind) -> Spread | None:
         values = pooled(self.records, "bridge", f"mib_{kind.value}")

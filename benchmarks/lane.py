@@ -14,14 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import redis
 from celery import Celery
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
-from benchmarks import machine
 from benchmarks.approaches import Approach
-from benchmarks.cpu import Family, Kind, spent
+from benchmarks.cpu import Family, Kind, Watch, spent
 from benchmarks.services import Cluster, Running, started
 
 #: Until the first result of a worker that has just been started, and until the last one of a round.
@@ -63,10 +61,9 @@ class Message(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """A backlog worked off: seconds until the last result, until the last acknowledgement, and CPU by kind."""
+    """A backlog worked off: seconds until the last result, and CPU by kind until the last acknowledgement."""
 
     seconds: float
-    acknowledged_s: float
     cpu_s: dict[Kind, float]
     foreign_share: float  # of the machine's CPU, used by others meanwhile
 
@@ -115,16 +112,10 @@ class Lane:
 
     def backlog(self, messages: int) -> Backlog:
         """Release what is staged and wait for all of it, watching CPU time."""
-        me, before, busy_before = psutil.Process(), self.family.snapshot(), machine.busy()
-        mine_before = sum(me.cpu_times()[:2])
-        began = time.perf_counter()
+        watch = Watch(self.family)
         seconds = self._work_off(messages)
         self.await_acknowledged()
-        window = time.perf_counter() - began
-        busy_after, cpu_s = machine.busy(), spent(before, self.family.snapshot())
-        ours = sum(cpu_s.values()) + sum(me.cpu_times()[:2]) - mine_before
-        foreign = busy_after.used - busy_before.used - ours + busy_after.stolen - busy_before.stolen
-        return Backlog(seconds, window, cpu_s, max(0.0, foreign) / (window * (psutil.cpu_count() or 1)))
+        return Backlog(seconds, *watch.end())
 
     def one_by_one(self, calls: int) -> tuple[list[float], dict[Kind, float]]:
         """Seconds from send to result of `calls` tasks one after the other, and the CPU they took by kind."""

@@ -48,6 +48,7 @@ class Benchmark:
     title = ""
     gpus: Sequence[int] = (1,)
     approaches: Sequence[Approach] = ()
+    usual = ""  # as --only, without it: all, or the ones named here
     sizes: Mapping[str, tuple[float, float, float]] = {}
 
     def warm_up_tasks(self, approach: Approach, size: Size) -> int:
@@ -139,11 +140,12 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
         parser.add_argument(_option(name), type=type(usual), help=f"default {usual:g}, with --quick {quick:g}{more}")
     parser.add_argument("--quick", action="store_true", help="smoke run: far too little to judge by")
     parser.add_argument("--full", action="store_true", help="the largest sizes, where there are larger ones")
-    parser.add_argument("--only", default="", help="comma-separated: " + ",".join(a.name for a in benchmark.approaches))
+    names = ",".join(a.name for a in benchmark.approaches)
+    parser.add_argument("--only", default="", help=f"comma-separated, of {names}; default {benchmark.usual or 'all'}")
     parser.add_argument("--name", help=f"of the result files; default {benchmark.name}, or {benchmark.name}-quick")
     options = parser.parse_args(arguments)
     try:
-        options.approaches = chosen(options.only, benchmark.approaches)
+        options.approaches = chosen(options.only or benchmark.usual, benchmark.approaches)
     except ValueError as error:
         parser.error(str(error))
     column = 1 if options.quick else 2 if options.full else 0

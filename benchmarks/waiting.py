@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import plot
 from benchmarks.approaches import blocking_ray, bridge, prefork
+from benchmarks.cpu import Kind
 from benchmarks.lane import Lane, Message, per_task_ms
 from benchmarks.records import Record, noise, over, record_table, summary_of
 from benchmarks.report import QUIET_SHARE
@@ -50,6 +51,8 @@ class Waiting(Benchmark):
     def conclude(self) -> Conclusion:
         """Busy share and finishing time."""
         text = record_table(self.records, TITLES, COLUMNS, "8 executors")
+        kinds = {f"cpu_ms_{kind.value}": kind.value for kind in Kind if kind is not Kind.SPAWNED}
+        text += "\n\n" + record_table(self.records, TITLES, kinds, "CPU ms/task by process")
         quiet = noise([r.figures["foreign"] for r in self.records], QUIET_SHARE)
         targets = [
             at_least("GPU busy share while there is work", over(self.records, "bridge", "busy"), 0.95, ""),
@@ -82,13 +85,15 @@ class Waiting(Benchmark):
         backlog = running.backlog(tasks)
         runs = runs_of(running.values())
         ideal_s = -(-tasks // ACTORS) * body_s
+        cpu_ms = per_task_ms(backlog.cpu_s, tasks)
         slice_s, slice_busy = in_slices(runs, ACTORS)
         figures = {
             "busy": busy_share(runs, ACTORS),
             "finish": backlog.seconds / ideal_s,
             "gap_ms": percentile(gaps_ms(runs) or [0.0], 0.5),
             "body_ms": 1000 * sum(run.ended - run.began for run in runs) / len(runs),
-            "cpu_ms": sum(per_task_ms(backlog.cpu_s, tasks).values()),
+            "cpu_ms": sum(cpu_ms.values()),
+            **{f"cpu_ms_{kind}": value for kind, value in cpu_ms.items()},
             "executors": len({run.pid for run in runs}),
             "foreign": backlog.foreign_share,
         }
