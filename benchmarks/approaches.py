@@ -46,7 +46,8 @@ def blocking_ray(app: str, threads: int = 4, **fields: object) -> Approach:
 
 def bridge(app: str, **fields: object) -> Approach:
     """This project."""
-    made = Approach("bridge", "this bridge", ("bridge.worker", "-A", app, "-c", "2"), needs_ray=True)
+    command = ("bridge.worker", "-A", app, "-c", "2")
+    made = Approach("bridge", "this bridge", command, needs_ray=True, actor_title="ray::GpuActor")
     return made._replace(**fields)
 
 

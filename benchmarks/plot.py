@@ -34,8 +34,10 @@ def bars(axes: Any, rows: Sequence[tuple[str, Spread, str]], title: str, unit: s
         range(len(rows)), medians, xerr=reach, color=[c for *_, c in rows], error_kw={"ecolor": INK, "capsize": 3}
     )
     farthest = max(value.high for _, value, _ in rows)
+    on_white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # readable where a line crosses it
     for place, (_, value, _) in enumerate(rows):
-        axes.text(value.high + farthest * 0.015, place, f"{number(value.median)}{unit}", va="center", fontweight="bold")
+        text = f"{number(value.median)}{unit}"
+        axes.text(value.high + farthest * 0.015, place, text, va="center", fontweight="bold", bbox=on_white)
     axes.set_xlim(0, farthest * 1.2)
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.invert_yaxis()
