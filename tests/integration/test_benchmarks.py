@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 #: As little of each as shows all of its parts; what is left out by --only runs elsewhere in this list.
 SMOKE = {
     "noop": "--rounds 1 --only prefork,blocking-ray,bridge,plain-ray,subprocess",
-    "batching": "--rounds 1",
-    "waiting": "--rounds 1 --only bridge,blocking-ray",
-    "mixed": "--rounds 1 --only bridge,prefork",
+    "batching": "--rounds 1 --only bridge-batched",
+    "waiting": "--rounds 1 --only bridge",
+    "mixed": "--rounds 1 --only bridge,blocking-ray,prefork",
     "growth": "--rounds 1 --only bridge",
     "scaling": "--rounds 1 --only bridge-1,bridge-8,bridge-second",
     "warm": "--only bridge-noop",
