@@ -25,7 +25,6 @@ class Arrays(real.RealWork):
     """A payload so large that JSON, Redis and copies are the cost."""
 
     name = "arrays"
-    doc = __doc__
     title = "The sum of 1 MB of float64, sent as a JSON list"
     task = TASK
     approaches = real.approaches(TASK)

@@ -42,7 +42,6 @@ class Batching(Benchmark):
     """The same backlog batched and not."""
 
     name = "batching"
-    doc = __doc__
     title = "A body of 1 ms + 10 µs per item: run together or one by one"
     approaches = APPROACHES
     sizes = {"rounds": (5, 2, 5), "tasks": (5000, 300, 5000)}

@@ -45,7 +45,6 @@ class GpuOnly(Benchmark):
     """Measured in this process and its children; there is no queue."""
 
     name = "gpu"
-    doc = __doc__.split("\n")[0]
     title = "What only a GPU can show"
     sizes = {"rounds": (5, 2, 5), "copy_mib": (256, 32, 256), "chunks": (16, 6, 16), "chunk_mib": (32, 8, 32)}
 

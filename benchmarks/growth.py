@@ -38,7 +38,6 @@ class Growth(Benchmark):
     """Time per task against backlog size, memory against tasks done."""
 
     name = "growth"
-    doc = __doc__.split("\n")[0]
     title = "Growth: time per task against tasks queued, memory against tasks done"
     approaches = APPROACHES
     usual = "bridge"  # prefork only where it is asked whether Celery itself grows

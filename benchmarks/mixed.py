@@ -42,7 +42,6 @@ class Mixed(Benchmark):
     """Short bodies that meet long ones."""
 
     name = "mixed"
-    doc = __doc__.split("\n")[0]
     title = "Short bodies among long ones, on 2 actors of which one is always free"
     gpus = (ACTORS,)
     approaches = APPROACHES

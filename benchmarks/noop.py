@@ -27,7 +27,6 @@ class Noop(Benchmark):
     """A task that does nothing, on every way."""
 
     name = "noop"
-    doc = __doc__.split("\n")[0]
     title = "A task that does nothing: what the way there and back costs"
     approaches = APPROACHES
     sizes = {

@@ -25,7 +25,6 @@ class Photos(real.RealWork):
     """The image pipeline; every device computes the same."""
 
     name = "photos"
-    doc = __doc__
     title = "Photographs: denoised, equalised, sharpened"
     task = TASK
     approaches = real.approaches(TASK)

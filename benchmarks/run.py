@@ -44,7 +44,6 @@ class Benchmark:
     """
 
     name = ""
-    doc = ""
     title = ""
     gpus: Sequence[int] = (1,)
     approaches: Sequence[Approach] = ()
@@ -134,7 +133,8 @@ def draw(benchmark: Benchmark, about: Mapping[str, Any], path: Path) -> bool:
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; adds `size` and `approaches`."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.doc)
+    question = (sys.modules[type(benchmark).__module__].__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark.name}", description=question)
     for name, (usual, quick, full) in benchmark.sizes.items():
         more = f", with --full {full:g}" if full != usual else ""
         parser.add_argument(_option(name), type=type(usual), help=f"default {usual:g}, with --quick {quick:g}{more}")

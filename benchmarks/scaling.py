@@ -41,7 +41,6 @@ class Scaling(Benchmark):
     """Throughput against actors, and fairness between workers."""
 
     name = "scaling"
-    doc = __doc__.split("\n")[0]
     title = "Do more actors mean more work done, and do two workers share them?"
     gpus = ACTORS
     approaches = (*SCALED, SECOND)

@@ -31,7 +31,6 @@ class Waiting(Benchmark):
     """A backlog of waiting bodies on eight executors."""
 
     name = "waiting"
-    doc = __doc__
     title = "Bodies that wait for the device, on 8 actors: how busy are the GPUs?"
     gpus = (ACTORS,)
     approaches = APPROACHES

@@ -33,7 +33,6 @@ class Warm(Benchmark):
     """First task against the following ones."""
 
     name = "warm"
-    doc = __doc__.split("\n")[0]
     title = "The first task after start-up, and those that follow"
     approaches = APPROACHES
     sizes = {"rounds": (5, 1, 5), "following": (20, 3, 20)}
