@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -15,7 +16,7 @@ from benchmarks.report import as_json, failures, kind_table, number, ratio_table
 from benchmarks.run import Benchmark, parse
 from benchmarks.runs import Ran, busy_share, by_executor, gaps_ms, in_slices, runs_of, shared_window, used_s
 from benchmarks.samples import Sample, Spread, percentile, spread, summarise
-from benchmarks.session import rotated
+from benchmarks.session import Session, rotated
 from benchmarks.targets import at_least, at_most, target_table
 
 TITLES = {"prefork": "plain", "bridge": "this bridge"}
@@ -285,3 +286,17 @@ def test_the_course_of_a_round_is_cut_into_slices():
     seconds, shares = in_slices([Ran(10.0, 11.0, 1), Ran(11.0, 12.0, 2)], 2, slices=4)
     assert seconds == [0.0, 0.5, 1.0, 1.5]
     assert shares == pytest.approx([50.0] * 4)
+
+
+def test_a_lane_that_fails_is_dropped_and_the_others_go_on(tmp_path):
+    session, measured = Session(ExitStack(), tmp_path), []
+    session.lanes = {"good": "good", "bad": "bad"}
+
+    def measure(round, lane):
+        if lane == "bad" and round == 2:
+            raise RuntimeError("its worker has ended")
+        measured.append((round, lane))
+
+    session.rounds(3, measure)
+    assert measured == [(1, "bad"), (1, "good"), (2, "good"), (3, "good")]
+    assert session.failed == {"bad": "RuntimeError: its worker has ended"}
