@@ -34,8 +34,10 @@ lint: $(VENV)/installed-all ## linters, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(VENV)/installed-all ## no-op tasks here and with the usual alternatives; JSON and plot in benchmarks/results
-	@$(BIN)/python -m benchmarks.noop
+# BENCH="noop waiting" runs some of them, BENCH="noop --quick" a smoke run.
+BENCH ?=
+bench: $(VENV)/installed-all ## all benchmarks beside the usual alternatives, or BENCH=noop; JSON and plots in benchmarks/results
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 # On a GPU host: `make gpu-check`, or `make gpu-check CUDA=13`; GPU_PYTHON=python3 uses what is installed already.
 CUDA ?= 12

@@ -5,6 +5,7 @@ seed's approaches are counted that way. In Ray's tree only living processes coun
 nothing is left by processes that end, and those are idle ones that did no task's work.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from benchmarks import machine
 
 
 class Kind(StrEnum):
@@ -62,9 +65,10 @@ class Family:
 
     def snapshot(self) -> Snapshot:
         """CPU time of every member so far."""
-        return {(p.pid, p.create_time()): usage for p, kind in self._members() if (usage := usage_of(p, kind))}
+        return {(p.pid, p.create_time()): usage for p, kind in self.members() if (usage := usage_of(p, kind))}
 
-    def _members(self) -> Iterator[tuple[psutil.Process, Kind]]:
+    def members(self) -> Iterator[tuple[psutil.Process, Kind]]:
+        """The living processes of the family."""
         yield self._redis, Kind.REDIS
         yield self._worker, Kind.WORKER
         for process in self._worker.children(recursive=True):
@@ -122,3 +126,20 @@ def spent(before: Snapshot, after: Snapshot) -> dict[Kind, float]:
         if before[ended].kind in REAPERS:  # its parent's reaped time has grown by its whole life
             seconds[Kind.SPAWNED] -= before[ended].own + before[ended].reaped
     return {kind: value for kind, value in seconds.items() if value > 0}
+
+
+class Watch:
+    """CPU time of a family, and of everybody else on the machine, from now on."""
+
+    def __init__(self, family: Family) -> None:
+        self._family, self._me = family, psutil.Process()
+        self._before, self._busy, self._mine = family.snapshot(), machine.busy(), sum(self._me.cpu_times()[:2])
+        self._began = time.perf_counter()
+
+    def end(self) -> tuple[dict[Kind, float], float]:
+        """CPU seconds by kind, and the share of the machine's CPU that others used, stolen time included."""
+        window = time.perf_counter() - self._began
+        busy, cpu_s = machine.busy(), spent(self._before, self._family.snapshot())
+        ours = sum(cpu_s.values()) + sum(self._me.cpu_times()[:2]) - self._mine
+        foreign = busy.used - self._busy.used - ours + busy.stolen - self._busy.stolen
+        return cpu_s, max(0.0, foreign) / (window * (psutil.cpu_count() or 1))

@@ -5,29 +5,31 @@ the worker's queue. So the clock starts at a known moment, and sending costs the
 caller who sends one task, waits for its result, and sends the next.
 """
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import psutil
 import redis
 from celery import Celery
+from celery.exceptions import TimeoutError as CeleryTimeoutError
 
-from benchmarks import machine
-from benchmarks.approaches import APPROACHES, Approach
-from benchmarks.cpu import Family, Kind, spent
-from benchmarks.samples import Sample
-from benchmarks.services import Cluster, Running, StartFailed, started
+from benchmarks.approaches import Approach
+from benchmarks.cpu import Family, Kind, Watch, spent
+from benchmarks.services import Cluster, Running, started
 
 #: Until the first result of a worker that has just been started, and until the last one of a round.
-FIRST_RESULT_S, LAST_RESULT_S = 120.0, 120.0
+FIRST_RESULT_S, LAST_RESULT_S = 120.0, 180.0
 
 #: Between two looks at how many results there are; a look is one DBSIZE, about 10 us of Redis' time.
 LOOK_S = 0.005
+
+#: Results read in one MGET, which would otherwise hold up Redis and be one reply of many megabytes.
+READ_AT_ONCE = 1000
 
 
 class LaneFailed(Exception):
@@ -51,92 +53,142 @@ class Addresses(NamedTuple):
         return f"{self.redis_url}/{self.database}"
 
 
+class Message(NamedTuple):
+    """One task to send."""
+
+    task: str
+    args: tuple[object, ...] = ()
+
+
+class Backlog(NamedTuple):
+    """A backlog worked off: seconds until the last result, and CPU by kind until the last acknowledgement."""
+
+    seconds: float
+    cpu_s: dict[Kind, float]
+    foreign_share: float  # of the machine's CPU, used by others meanwhile
+
+
 class Lane:
     """An approach with its running worker."""
 
-    def __init__(self, approach: Approach, worker: Running, addresses: Addresses) -> None:
+    def __init__(self, approach: Approach, worker: Running, addresses: Addresses, not_mine: tuple[str, ...]) -> None:
         self.approach, self.worker = approach, worker
-        self._broker = redis.Redis.from_url(addresses.broker)
-        self._results = redis.Redis.from_url(addresses.results)
-        self._caller = Celery(broker=addresses.broker, backend=addresses.results, set_as_current=False)
+        self.broker = redis.Redis.from_url(addresses.broker)
+        self.results = redis.Redis.from_url(addresses.results)
+        self.caller = Celery(broker=addresses.broker, backend=addresses.results, set_as_current=False)
         # Without a backend, sending does not subscribe to results that nobody will read.
         self._sender = Celery(broker=addresses.broker, set_as_current=False)
         cluster = addresses.cluster.running if addresses.cluster and approach.needs_ray else None
         self._needed = (worker, addresses.redis, cluster) if cluster else (worker, addresses.redis)
-        others = tuple(a.actor_title for a in APPROACHES if a.actor_title and a.name != approach.name)
         pids = worker.process.pid, addresses.redis.process.pid, cluster.process.pid if cluster else None
-        self._family = Family(*pids, others)
+        self.family = Family(*pids, not_mine)
+
+    @property
+    def usual(self) -> Message:
+        """The message of this approach."""
+        return Message(self.approach.task, self.approach.args)
 
     def warm_up(self, tasks: int) -> None:
         """Wait for the first result, then run more: processes, connections and code paths are warm afterwards."""
         for count, patience_s in ((1, FIRST_RESULT_S), (tasks, LAST_RESULT_S)):
-            self._stage(count)
-            self._release()
-            self._await_results(count, patience_s)
+            self.stage([self.usual] * count)
+            self.release()
+            self.await_results(count, patience_s)
+        self.await_acknowledged()
 
-    def measure(self, round_number: int, tasks: int, calls: int) -> Sample:
-        """One round: `tasks` as a backlog, then `calls` one after the other."""
-        producer_s = self._stage(tasks)
-        seconds, cpu_s, foreign_share = self._measure_backlog(tasks)
-        before = self._family.snapshot()
-        latencies_s = [self._call() for _ in range(calls)]
-        alone_s = spent(before, self._family.snapshot())
-        return Sample(
-            approach=self.approach.name,
-            round=round_number,
-            tasks=tasks,
-            seconds=seconds,
-            cpu_ms=per_task_ms(cpu_s, tasks),
-            latencies_ms=[round(1000 * latency, 3) for latency in latencies_s],
-            alone_cpu_ms=per_task_ms(alone_s, calls),
-            producer_cpu_ms=1000 * producer_s / tasks,
-            foreign_share=foreign_share,
-        )
+    def stage(self, messages: Sequence[Message]) -> float:
+        """Fill the list that no worker reads; CPU seconds this took the sender."""
+        self.results.flushdb()
+        began = time.process_time()
+        for message in messages:
+            self._sender.send_task(message.task, message.args, queue=self._staged)
+        return time.process_time() - began
+
+    def release(self) -> float:
+        """Make the staged list the worker's queue; when, by the performance counter."""
+        began = time.perf_counter()
+        self.broker.rename(self._staged, self.approach.name)
+        return began
+
+    def backlog(self, messages: int) -> Backlog:
+        """Release what is staged and wait for all of it, watching CPU time."""
+        watch = Watch(self.family)
+        seconds = self._work_off(messages)
+        self.await_acknowledged()
+        return Backlog(seconds, *watch.end())
+
+    def one_by_one(self, calls: int) -> tuple[list[float], dict[Kind, float]]:
+        """Seconds from send to result of `calls` tasks one after the other, and the CPU they took by kind."""
+        before = self.family.snapshot()
+        latencies_s = self._latencies(calls)
+        return latencies_s, spent(before, self.family.snapshot())
+
+    def call(self, message: Message | None = None) -> float:
+        """Send one task and wait for its result; seconds."""
+        task, args = message or self.usual
+        began = time.perf_counter()
+        self.caller.send_task(task, args, queue=self.approach.name).get(timeout=FIRST_RESULT_S)
+        return time.perf_counter() - began
+
+    def open_connections(self) -> None:
+        """Have the caller make its connections, so that its first call does not pay for them."""
+        result = self.caller.send_task("nobody", queue=f"{self.approach.name}.nobody")
+        with contextlib.suppress(CeleryTimeoutError):
+            result.get(timeout=0.2)
+        result.forget()
+
+    def await_answer(self) -> None:
+        """Return once the worker answers a ping: it has started."""
+        name = f"{self.approach.name}@bench"
+        ping = self.caller.control.ping
+        self.wait(lambda: bool(ping(destination=[name], timeout=0.5)), FIRST_RESULT_S, "an answer to a ping")
+
+    def send(self, message: Message) -> None:
+        """Send one task straight to the worker's queue and forget it; its value is among `values` later."""
+        self._sender.send_task(message.task, message.args, queue=self.approach.name)
+
+    def await_results(self, tasks: int, patience_s: float = LAST_RESULT_S) -> float:
+        """When the last of `tasks` results was seen, all of them successes."""
+        seen = self.await_stored(tasks, patience_s)
+        if self.approach.stores_started:
+            seen = self.await_acknowledged()
+        self.values()
+        return seen
+
+    def await_stored(self, tasks: int, patience_s: float = LAST_RESULT_S) -> float:
+        """When the result database held `tasks` results."""
+        self.wait(lambda: self.results.dbsize() >= tasks, patience_s, f"{tasks} results")
+        return time.perf_counter()
+
+    def await_acknowledged(self) -> float:
+        """When the broker held no message that a worker has and has not acknowledged."""
+        self.wait(lambda: not self.broker.hlen("unacked"), LAST_RESULT_S, "unacknowledged messages")
+        return time.perf_counter()
+
+    def values(self) -> list[Any]:
+        """What the tasks since the last `stage` returned, in no order.
+
+        Raises:
+            LaneFailed: a task did not succeed.
+        """
+        keys = self.results.keys("celery-task-meta-*")
+        values = []
+        for start in range(0, len(keys), READ_AT_ONCE):
+            for text in self.results.mget(keys[start : start + READ_AT_ONCE]):
+                meta = json.loads(text)
+                if meta["status"] != "SUCCESS":
+                    raise LaneFailed(f"a task ended as {meta['status']}: {meta['result']}\n{self.worker.log_tail()}")
+                values.append(meta["result"])
+        return values
 
     def idle_ms_per_s(self, seconds: float) -> dict[str, float]:
         """CPU time by kind of process while nothing is sent."""
-        before = self._family.snapshot()
+        before = self.family.snapshot()
         time.sleep(seconds)
-        return {kind.value: 1000 * value / seconds for kind, value in spent(before, self._family.snapshot()).items()}
+        return {kind.value: 1000 * value / seconds for kind, value in spent(before, self.family.snapshot()).items()}
 
-    def _measure_backlog(self, tasks: int) -> tuple[float, dict[Kind, float], float]:
-        me, before, busy_before = psutil.Process(), self._family.snapshot(), machine.busy()
-        mine_before = sum(me.cpu_times()[:2])
-        began = time.perf_counter()
-        self._release()
-        seconds = self._await_results(tasks, LAST_RESULT_S) - began
-        self._await(lambda: not self._broker.hlen("unacked"), LAST_RESULT_S, "unacknowledged messages")
-        window = time.perf_counter() - began
-        busy_after, cpu_s = machine.busy(), spent(before, self._family.snapshot())
-        ours = sum(cpu_s.values()) + sum(me.cpu_times()[:2]) - mine_before
-        foreign = busy_after.used - busy_before.used - ours + busy_after.stolen - busy_before.stolen
-        return seconds, cpu_s, max(0.0, foreign) / (window * (psutil.cpu_count() or 1))
-
-    def _stage(self, tasks: int) -> float:
-        """Fill the list that no worker reads; CPU seconds this took the sender."""
-        self._results.flushdb()
-        began = time.process_time()
-        for _ in range(tasks):
-            self._sender.send_task(self.approach.task, self.approach.args, queue=self._staged)
-        return time.process_time() - began
-
-    def _release(self) -> None:
-        self._broker.rename(self._staged, self.approach.name)
-
-    @property
-    def _staged(self) -> str:
-        return f"{self.approach.name}.staged"
-
-    def _await_results(self, tasks: int, patience_s: float) -> float:
-        """When the last of `tasks` results was seen."""
-        self._await(lambda: self._results.dbsize() >= tasks, patience_s, f"{tasks} results")
-        seen = time.perf_counter()
-        for text in self._results.mget(self._results.keys("celery-task-meta-*")):
-            if (meta := json.loads(text))["status"] != "SUCCESS":
-                raise LaneFailed(f"a task ended as {meta['status']}: {meta['result']}\n{self.worker.log_tail()}")
-        return seen
-
-    def _await(self, condition: Callable[[], bool], patience_s: float, what: str) -> None:
+    def wait(self, condition: Callable[[], bool], patience_s: float, what: str) -> None:
+        """Return once `condition` holds; raise if that takes too long or a process that it needs has ended."""
         deadline = time.perf_counter() + patience_s
         while not condition():
             for running in self._needed:
@@ -145,31 +197,61 @@ class Lane:
                 raise LaneFailed(f"waited {patience_s:.0f} s for {what}\n{self.worker.log_tail()}")
             time.sleep(LOOK_S)
 
-    def _call(self) -> float:
-        began = time.perf_counter()
-        result = self._caller.send_task(self.approach.task, self.approach.args, queue=self.approach.name)
-        result.get(timeout=FIRST_RESULT_S)
-        return time.perf_counter() - began
+    def _work_off(self, messages: int) -> float:
+        began = self.release()
+        return self.await_results(messages) - began
+
+    def _latencies(self, calls: int) -> list[float]:
+        return [self.call() for _ in range(calls)]
+
+    @property
+    def _staged(self) -> str:
+        return f"{self.approach.name}.staged"
+
+
+class DirectLane(Lane):
+    """A program without Celery that makes the calls itself: orders go to it through Redis, once per measurement."""
+
+    def warm_up(self, tasks: int) -> None:
+        """Wait until it answers, and have it make some calls."""
+        self._ordered("backlog", 1, FIRST_RESULT_S)
+        self._ordered("backlog", tasks, LAST_RESULT_S)
+
+    def stage(self, messages: Sequence[Message]) -> float:
+        """There is no queue to fill."""
+        return 0.0
+
+    def _work_off(self, messages: int) -> float:
+        return self._ordered("backlog", messages, LAST_RESULT_S)[0]
+
+    def _latencies(self, calls: int) -> list[float]:
+        return self._ordered("one by one", calls, LAST_RESULT_S)
+
+    def _ordered(self, what: str, calls: int, patience_s: float) -> list[float]:
+        self.broker.rpush(f"{self.approach.name}.orders", json.dumps([what, calls]))
+        answers = f"{self.approach.name}.answers"
+        self.wait(lambda: bool(self.broker.llen(answers)), patience_s, f"{calls} calls")
+        seconds: list[float] = json.loads(self.broker.lpop(answers))
+        return seconds
 
 
 @contextmanager
-def lane(approach: Approach, addresses: Addresses, folder: Path) -> Iterator[Lane]:
-    """Start an approach's worker; wait for nothing yet.
-
-    Raises:
-        StartFailed: it needs Ray and there is none.
-    """
-    if approach.needs_ray and not addresses.cluster:
-        raise StartFailed("there is no Ray cluster")
+def lane(approach: Approach, addresses: Addresses, folder: Path, others: Sequence[Approach]) -> Iterator[Lane]:
+    """Start an approach's worker; wait for nothing yet. `others` are the ones on the same cluster."""
     env = {"CELERY_BROKER_URL": addresses.broker, "CELERY_RESULT_BACKEND": addresses.results}
+    env["BENCH_QUEUE"] = approach.name
     if addresses.cluster:
         env |= addresses.cluster.env
         env |= {"BENCH_RAY_ADDRESS": addresses.cluster.address, "BRIDGE_RAY_ADDRESS": addresses.cluster.address}
-        env |= {"BRIDGE_NAMESPACE": "bench"}
-    command = [sys.executable, "-m", *approach.command, "-Q", approach.name, "-n", f"{approach.name}@bench"]
-    quiet = ["--without-mingle", "--without-gossip", "--without-heartbeat"]
-    with started([*command, *quiet], folder, approach.name, env, approach.folder) as worker:
-        yield Lane(approach, worker, addresses)
+        env |= {"BENCH_ACTORS": str(addresses.cluster.gpus), "BRIDGE_NAMESPACE": "bench"}
+    command = [sys.executable, "-m", *approach.command]
+    if approach.is_celery:
+        command += ["-Q", approach.name, "-n", f"{approach.name}@bench"]
+        command += ["--without-mingle", "--without-gossip", "--without-heartbeat"]
+    not_mine = tuple(a.actor_title for a in others if a.actor_title and a.actor_title != approach.actor_title)
+    kind = DirectLane if approach.name == "plain-ray" else Lane
+    with started(command, folder, approach.name, env, approach.folder) as worker:
+        yield kind(approach, worker, addresses, not_mine)
 
 
 def per_task_ms(seconds: dict[Kind, float], tasks: int) -> dict[str, float]:

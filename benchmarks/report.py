@@ -95,8 +95,8 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def as_json(run: Mapping[str, Any], summaries: Sequence[Summary], samples: Sequence[Sample]) -> str:
+def as_json(run: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> str:
     """Everything a later reader needs to judge or recompute the numbers; one sample per line."""
-    document = json.dumps({**run, "summary": [s.model_dump() for s in summaries]}, indent=1)
-    lines = ",\n  ".join(json.dumps(s.model_dump()) for s in samples)
+    document = json.dumps({**run, "summary": list(summary)}, indent=1)
+    lines = ",\n  ".join(json.dumps(s) for s in samples)
     return f'{document[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'

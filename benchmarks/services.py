@@ -53,6 +53,7 @@ class Cluster(NamedTuple):
     running: Running
     address: str
     env: Mapping[str, str]
+    gpus: int
 
 
 @contextmanager
@@ -75,14 +76,24 @@ def started(command: list[str], folder: Path, name: str, env: Mapping[str, str],
         stop(process)
 
 
+#: Trees of processes that were asked to end, by the pid of their root: as they were when they were asked.
+_asked: dict[int, list[psutil.Process]] = {}
+
+
+def ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM, once; `stop` waits."""
+    if process.poll() is None and process.pid not in _asked:
+        root = psutil.Process(process.pid)
+        _asked[process.pid] = [root, *root.children(recursive=True)]
+        process.terminate()
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask a process to end, and kill what is left of its tree after `STOP_S`."""
-    if process.poll() is None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        _, left = psutil.wait_procs(family, timeout=STOP_S)
-        for member in left:
-            member.kill()
+    ask_to_end(process)
+    _, left = psutil.wait_procs(_asked.pop(process.pid, []), timeout=STOP_S)
+    for member in left:
+        member.kill()
     process.wait()
 
 
@@ -97,14 +108,18 @@ def redis_server(folder: Path) -> Iterator[tuple[Running, str]]:
 
 
 @contextmanager
-def ray_cluster(folder: Path) -> Iterator[Cluster]:
-    """A one-node cluster with one logical GPU. Ray listens beyond loopback whatever it is told, so it gets a token."""
+def ray_cluster(folder: Path, gpus: int = 1, name: str = "ray") -> Iterator[Cluster]:
+    """A one-node cluster with logical GPUs. Ray listens beyond loopback whatever it is told, so it gets a token.
+
+    One CPU is declared for each GPU's actor and one more, whatever the machine has.
+    """
     port = free_port()
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
         "--include-dashboard=false", "--include-log-monitor=false", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2", "--num-gpus=1",
-        f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder / 'ray'}",
+        "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", f"--num-cpus={gpus + 1}",
+        f"--num-gpus={gpus}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder / name}",
     ]  # fmt: skip
     env = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -113,9 +128,9 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PYTHONPATH": str(ROOT),
     }
-    with started(command, folder, "ray-start", env) as head:
+    with started(command, folder, f"{name}-start", env) as head:
         await_start(head, lambda: "block forever" in head.log.read_text(errors="replace"))
-        yield Cluster(head, f"127.0.0.1:{port}", env)
+        yield Cluster(head, f"127.0.0.1:{port}", env, gpus)
 
 
 def await_start(server: Running, answers: Callable[[], bool]) -> None:

@@ -1,1 +1,1 @@
-"""The Celery apps that `benchmarks.noop` runs workers of. Broker and backend come from the environment."""
+"""The Celery apps that benchmarks run workers of. Broker and backend come from the environment."""

@@ -1,7 +1,8 @@
 """``make gpu-check``: everything that only a GPU can show, in one command; the report is JSON.
 
-Runs the GPU tests, the demo on the real device and the no-op benchmark, each as far as the host has what it needs, and
-writes ``benchmarks/results/gpu-<device>.json`` with device, driver and versions.
+Runs the GPU tests, the demo on the real device and the benchmarks `noop` and `gpu`, each as far as the host has what it
+needs, and writes ``benchmarks/results/gpu-<device>.json`` with device, driver and versions; the figures and the picture
+of `benchmarks.gpu` lie beside it as ``gpu-<device>-kernels``.
 """
 
 import argparse
@@ -20,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--only", default="tests,warmth,demo,noop", help="parts, separated by commas")
+    parser.add_argument("--only", default="tests,warmth,demo,noop,gpu", help="parts, separated by commas")
     options = parser.parse_args()
     parts = options.only.split(",")
     report = {"date": time.strftime("%Y-%m-%d"), "host": host(), "device": device()}
+    name = re.sub(r"[^a-z0-9]+", "-", report["device"].get("name", "none").lower()).strip("-")
     if "tests" in parts:
         report["tests"] = step([sys.executable, "-m", "pytest", "tests/gpu", "-q", "-s", "-rs"], 900)
     if "warmth" in parts:
@@ -32,12 +34,13 @@ def main():
         report["demo"] = step([sys.executable, "-m", "examples.photos.demo"], 300)
     if "noop" in parts:
         report["noop"] = step([sys.executable, "-m", "benchmarks.noop", "--quick", "--name", "noop-gpu"], 600)
-    name = re.sub(r"[^a-z0-9]+", "-", report["device"].get("name", "none").lower()).strip("-")
+    if "gpu" in parts:
+        report["gpu"] = step([sys.executable, "-m", "benchmarks.gpu", "--name", f"gpu-{name}-kernels"], 300)
     target = options.out / f"gpu-{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=2) + "\n")
     print(f"report: {target}")
-    failed = [part for part in ("tests", "demo", "noop") if report.get(part, {}).get("exit_code")]
+    failed = [part for part in ("tests", "demo", "noop", "gpu") if report.get(part, {}).get("exit_code")]
     if not report["device"].get("name"):
         sys.exit(f"no usable CUDA device: {report['device'].get('error')}; the report says what could run without one")
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

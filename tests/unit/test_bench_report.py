@@ -1,14 +1,23 @@
-"""What the benchmark makes of its samples: pure parts only; the run itself is `python -m benchmarks.noop --quick`."""
+"""What the benchmarks make of their samples: pure parts only; tests/integration/test_benchmarks.py runs them."""
 
+import importlib
 import json
+from contextlib import ExitStack
 
 import pytest
 
+from benchmarks.__main__ import NAMES
 from benchmarks.approaches import APPROACHES, BASELINES, chosen
+from benchmarks.batching import Run, batches
 from benchmarks.cpu import Kind, Usage, spent
-from benchmarks.noop import rotated
+from benchmarks.noop import targets as noop_targets
+from benchmarks.records import Record, across, lanes_of, noise, over, pooled, ratio, record_table, summary_of
 from benchmarks.report import as_json, failures, kind_table, number, ratio_table, remarks, report, show, table
+from benchmarks.run import Benchmark, parse
+from benchmarks.runs import Ran, busy_share, by_executor, gaps_ms, in_slices, runs_of, shared_window, used_s
 from benchmarks.samples import Sample, Spread, percentile, spread, summarise
+from benchmarks.session import Session, rotated
+from benchmarks.targets import at_least, at_most, target_table
 
 TITLES = {"prefork": "plain", "bridge": "this bridge"}
 
@@ -106,7 +115,8 @@ def test_failures_name_the_approach_and_show_the_log():
 
 def test_the_json_holds_every_sample_on_a_line_of_its_own():
     samples = [sample("prefork"), sample("bridge")]
-    text = as_json({"benchmark": "noop"}, summarise(samples, TITLES, BASELINES), samples)
+    summary = [s.model_dump() for s in summarise(samples, TITLES, BASELINES)]
+    text = as_json({"benchmark": "noop"}, summary, [s.model_dump() for s in samples])
     document = json.loads(text)
     assert [Sample(**s) for s in document["samples"]] == samples
     assert document["benchmark"] == "noop"
@@ -149,3 +159,144 @@ def test_the_readme_quotes_the_stored_result():
 
     readme = (RESULT.parents[2] / "README.md").read_text()
     assert table(json.loads(RESULT.read_text())) in readme, "run `python -m benchmarks.readme` and paste its table"
+
+
+def benchmark_of(name):
+    """The one `Benchmark` that a module defines."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    (found,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Benchmark) and value.__module__ == module.__name__
+    ]
+    return found()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_has_a_name_unique_lanes_and_sizes_that_options_can_set(name):
+    benchmark = benchmark_of(name)
+    lanes = [a.name for a in benchmark.approaches]
+    assert benchmark.name == name and benchmark.title
+    assert len(set(lanes)) == len(lanes)
+    assert all(0 <= a.cluster < len(benchmark.gpus) for a in benchmark.approaches)
+    assert all(usual <= full for usual, _, full in benchmark.sizes.values())
+    usual, quick = parse(benchmark, []), parse(benchmark, ["--quick", "--rounds", "7"])
+    assert usual.name == name and usual.size == {key: values[0] for key, values in benchmark.sizes.items()}
+    assert quick.name == f"{name}-quick" and quick.size["rounds"] == 7
+
+
+def test_an_unknown_lane_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(benchmark_of("waiting"), ["--only", "nonsense"])
+    assert "there are bridge, blocking-ray, prefork" in capsys.readouterr().err
+
+
+def test_a_target_is_judged_by_its_median_and_a_missing_measurement_is_neither():
+    assert at_most("a", Spread(0.9, 0.5, 2.0), 0.9).verdict == "met"
+    assert at_most("a", Spread(0.91, 0.5, 2.0), 0.9).verdict == "missed"
+    assert at_least("a", Spread(1.15, 0.5, 2.0), 1.15).verdict == "met"
+    assert at_least("a", Spread(1.14, 0.5, 2.0), 1.15).verdict == "missed"
+    assert at_least("a", None, 1.15).verdict == "not measured"
+
+
+def test_the_table_of_targets_shows_what_was_asked_and_measured():
+    shown = target_table([at_most("cost", Spread(1.2344, 1.0, 3.0), 0.9), at_least("speed", None, 2, "x", True)])
+    _, _, first, second = shown.splitlines()
+    assert first.split() == ["cost", "<=", "0.9", "x", "1.234", "(1.000..3.00)", "MISSED"]
+    assert second.split() == ["speed", ">=", "2", "x", "(chosen)", "-", "NOT", "MEASURED"]
+    assert target_table([]) == ""
+
+
+def test_the_noops_targets_compare_within_rounds_and_latency_by_difference():
+    samples = [
+        sample("prefork", 1, seconds=1.0, latencies_ms=[2.0]),
+        sample("bridge", 1, seconds=0.5, cpu_ms={"worker": 0.8}, latencies_ms=[3.0]),
+        sample("prefork", 2, seconds=2.0, latencies_ms=[4.0]),
+        sample("bridge", 2, seconds=1.0, cpu_ms={"worker": 0.8}, latencies_ms=[5.0]),
+    ]
+    cpu, throughput, ray_cpu, ray_throughput, p50 = noop_targets(samples)
+    assert cpu.measured == Spread(0.8, 0.8, 0.8) and cpu.verdict == "met"
+    assert throughput.measured == Spread(2.0, 2.0, 2.0)
+    assert ray_cpu.measured is None and ray_throughput.verdict == "not measured"
+    assert p50.measured == Spread(1.0, 1.0, 1.0) and p50.unit == "ms"
+
+
+def record(lane, round, lists=None, **figures):
+    return Record(lane=lane, round=round, figures=figures, lists=lists or {})
+
+
+RECORDS = [
+    record("bridge", 1, {"ms": [1.0, 2.0]}, rate=10.0, cost=1.0),
+    record("plain", 1, rate=5.0),
+    record("bridge", 2, {"ms": [3.0]}, rate=30.0),
+    record("plain", 2, rate=10.0),
+    record("bridge", 3, rate=20.0),
+]
+
+
+def test_records_are_summed_up_over_rounds():
+    assert over(RECORDS, "bridge", "rate") == Spread(20.0, 10.0, 30.0)
+    assert over(RECORDS, "bridge", "cost") == Spread(1.0, 1.0, 1.0)
+    assert over(RECORDS, "nobody", "rate") is None
+    assert ratio(RECORDS, "rate", "bridge", "plain") == Spread(2.5, 2.0, 3.0)
+    assert across(RECORDS, lambda mine: mine["bridge"]["rate"], ("bridge", "nobody")) is None
+    assert pooled(RECORDS, "bridge", "ms") == [1.0, 2.0, 3.0]
+    assert lanes_of(RECORDS) == ["bridge", "plain"]
+    assert summary_of(RECORDS)[1] == {"lane": "plain", "rate": Spread(7.5, 5.0, 10.0)}
+
+
+def test_a_table_of_records_has_a_row_for_each_lane_that_was_measured():
+    titles = {"plain": "Plain", "bridge": "Bridge", "nobody": "Nobody"}
+    head, _, *rows = record_table(RECORDS, titles, {"rate": "tasks/s", "cost": "CPU"}, "lane").splitlines()
+    assert head.split() == ["lane", "tasks/s", "CPU"]
+    assert [row.split()[0] for row in rows] == ["Plain", "Bridge"]
+    assert rows[0].endswith("-")
+
+
+def test_noise_says_when_ratios_only_can_be_trusted():
+    assert "trust ratios only" in noise([0.2, 0.3], 0.1)
+    assert "trust" not in noise([0.05, 0.3, 0.0], 0.1)
+    assert noise([], 0.1) == ""
+
+
+def test_runs_of_a_batch_are_counted_once_and_stand_in_order():
+    values = [[2, 5.0, 6.0, 7], [2, 5.0, 6.0, 7], [1, 1.0, 2.0, 8]]
+    assert runs_of(values) == [Ran(1.0, 2.0, 8), Ran(5.0, 6.0, 7)]
+    assert batches(values) == [Run(1.0, 2.0, 1), Run(5.0, 6.0, 2)]
+    assert by_executor(runs_of(values)) == {8: [Ran(1.0, 2.0, 8)], 7: [Ran(5.0, 6.0, 7)]}
+
+
+def test_the_busy_share_ends_with_the_last_beginning():
+    """Two executors, the second idle for half of the time until the last body began; what runs out is not counted."""
+    runs = runs_of([[0, 0.0, 1.0, 1], [0, 0.0, 1.0, 2], [0, 1.0, 2.0, 1], [0, 2.0, 3.0, 1]])
+    assert busy_share(runs, 2) == pytest.approx(0.75)
+    assert busy_share(runs[:1], 2) == 1.0
+    assert gaps_ms(runs) == [0.0, 0.0]
+
+
+def test_shares_of_two_workers_count_while_both_have_work():
+    first, second = [Ran(0.0, 1.0, 1), Ran(1.0, 4.0, 1)], [Ran(0.5, 2.0, 2), Ran(3.0, 4.0, 2)]
+    window = shared_window(first, second)
+    assert window == (0.5, 1.0)
+    assert used_s(first, *window) == pytest.approx(0.5)
+    assert used_s(second, *window) == pytest.approx(0.5)
+
+
+def test_the_course_of_a_round_is_cut_into_slices():
+    seconds, shares = in_slices([Ran(10.0, 11.0, 1), Ran(11.0, 12.0, 2)], 2, slices=4)
+    assert seconds == [0.0, 0.5, 1.0, 1.5]
+    assert shares == pytest.approx([50.0] * 4)
+
+
+def test_a_lane_that_fails_is_dropped_and_the_others_go_on(tmp_path):
+    session, measured = Session(ExitStack(), tmp_path), []
+    session.lanes = {"good": "good", "bad": "bad"}
+
+    def measure(round, lane):
+        if lane == "bad" and round == 2:
+            raise RuntimeError("its worker has ended")
+        measured.append((round, lane))
+
+    session.rounds(3, measure)
+    assert measured == [(1, "bad"), (1, "good"), (2, "good"), (3, "good")]
+    assert session.failed == {"bad": "RuntimeError: its worker has ended"}

@@ -11,7 +11,7 @@ import ray
 from celery import Celery
 from celery.signals import worker_init
 
-app = Celery("blocking_ray")
+app = Celery("blocking_noop")
 app.conf.worker_redirect_stdouts = False  # ray.init asks stdout for its fileno(); Celery's stand-in has none (ray#8610)
 
 actor: Any = None

@@ -1,0 +1,138 @@
+"""`python -m benchmarks.gpu`: what only a GPU can show. Without one it says so and ends with 0.
+
+Cold against warm: a new process until its first sum on the device, against the same sum later. Batch curve: a real
+kernel chain (a dense layer, then a reduction) from host array to host array, by items per run. Bandwidth: copies to and
+from pageable and pinned memory. Overlap: chunks copied in, computed on, copied out, on one stream and on several.
+"""
+
+import argparse
+import importlib.metadata
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from benchmarks import gpu_kernels, machine, plot
+from benchmarks.approaches import ROOT
+from benchmarks.records import Record, over, summary_of
+from benchmarks.report import show, table
+from benchmarks.run import Benchmark, Conclusion, Size, parse, publish
+from benchmarks.samples import Spread
+from benchmarks.session import Session, say
+from benchmarks.targets import at_least
+
+#: Seconds until the first sum in a new process, then the median of later ones.
+COLD_AND_WARM = """
+import time
+began = time.perf_counter()
+import cupy
+def total():
+    return float(cupy.arange(1e6).sum())
+total()
+cold = time.perf_counter() - began
+warm = []
+for _ in range(101):
+    began = time.perf_counter()
+    total()
+    warm.append(time.perf_counter() - began)
+print(cold, sorted(warm)[50])
+"""
+
+
+class GpuOnly(Benchmark):
+    """Measured in this process and its children; there is no queue."""
+
+    name = "gpu"
+    title = "What only a GPU can show"
+    sizes = {"rounds": (5, 2, 5), "copy_mib": (256, 32, 256), "chunks": (16, 6, 16), "chunk_mib": (32, 8, 32)}
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def measure(self, session: Session | None, size: Size) -> None:
+        """All parts in every round; a part that fails is left out of it."""
+        parts: tuple[Callable[[Size], tuple[dict[str, float], dict[str, list[float]]]], ...]
+        parts = (cold_and_warm, gpu_kernels.batch_curve, gpu_kernels.bandwidth, gpu_kernels.overlap)
+        for number in range(1, int(size["rounds"]) + 1):
+            record = Record(lane="gpu", round=number)
+            for part in parts:
+                figures, lists = part(size)
+                record.figures.update(figures)
+                record.lists.update(lists)
+            self.records.append(record)
+            say(f"round {number}  " + ", ".join(f"{name} {value:.4g}" for name, value in record.figures.items()))
+
+    def conclude(self) -> Conclusion:
+        """What a warm process, batches, pinned memory and streams bring."""
+        names = self.records[0].figures if self.records else {}
+        text = table(["this GPU", "median (extremes)"], [[name, show(self._over(name))] for name in names])
+        targets = [
+            at_least("warm process against a cold one", self._over("cold / warm"), 100, "x", True),
+            at_least("items/s in the best batch against single", self._over("batch gain"), 10, "x", True),
+            at_least("pinned against pageable, to the device", self._over("pinned gain"), 1.0, "x", True),
+            at_least("streams against one after the other", self._over("overlap gain"), 1.2, "x", True),
+        ]
+        return Conclusion(text, targets, summary_of(self.records), [r.model_dump() for r in self.records])
+
+    def draw(self, pyplot: Any, about: Mapping[str, Any]) -> Any:
+        """Four panels."""
+        made, (cold, curve, copies, streams) = plot.figure(pyplot, 4, about, f"{self.title}: {about['device']}", 4.8)
+        self._bars(
+            cold, {"new process": "cold s", "warm process": "warm s"}, "First sum on the device (s)\nless is better"
+        )
+        medians = [
+            statistics.median(c) for c in zip(*(r.lists["batch_items_per_s"] for r in self.records), strict=True)
+        ]
+        curve.loglog(self.records[0].lists["batch_items"], medians, "o-", color=plot.BRIDGE)
+        curve.set_xlabel("items in one run (logarithmic)")
+        plot.finish(curve, "Items per second by batch size (logarithmic)\nfrom host to host, 1024 floats each", "both")
+        kinds = [f"{way} {kind}" for way in ("to device", "to host") for kind in ("pageable", "pinned")]
+        self._bars(copies, {kind: f"{kind} GB/s" for kind in kinds}, "Copies (GB/s)\nmore is better")
+        ways = {"one stream": "serial s", "several streams": "overlapped s"}
+        self._bars(streams, ways, "Copy in, compute, copy out, all chunks (s)\nless is better")
+        return made
+
+    def _over(self, figure: str) -> Spread | None:
+        return over(self.records, "gpu", figure)
+
+    def _bars(self, axes: Any, figures: Mapping[str, str], title: str) -> None:
+        measured = [(label, self._over(figure), plot.SERIES[i]) for i, (label, figure) in enumerate(figures.items())]
+        plot.bars(axes, [(label, value, colour) for label, value, colour in measured if value], title)
+
+
+def cold_and_warm(size: Size) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Seconds in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", COLD_AND_WARM], capture_output=True, text=True, cwd=ROOT, check=True)
+    cold_s, warm_s = map(float, done.stdout.split()[-2:])
+    return {"cold s": cold_s, "warm s": warm_s, "cold / warm": cold_s / warm_s}, {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; 0 with a sentence where there is no GPU."""
+    benchmark = GpuOnly()
+    options: argparse.Namespace = parse(benchmark, arguments)
+    device, reason = gpu_kernels.find_device()
+    if not device:
+        print(f"benchmarks.gpu measures nothing here: {reason}")
+        return 0
+    began = datetime.now(UTC)
+    benchmark.measure(None, options.size)
+    conclusion = benchmark.conclude()
+    facts = machine.facts(importlib.metadata.version("redis"))
+    about = {
+        "benchmark": "gpu",
+        "began": began.isoformat(timespec="seconds"),
+        "device": device,
+        "machine": facts,
+        "size": dict(options.size),
+        "failed": [],
+        "targets": [target.as_dict() for target in conclusion.targets],
+    }
+    publish(benchmark, conclusion, about, options.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
