@@ -1,5 +1,6 @@
 """What all pictures share: colours, axes, and a footnote with the machine. Axes and pyplot are matplotlib's."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,18 +27,25 @@ def figure(pyplot: Any, columns: int, about: Mapping[str, Any], title: str, heig
     return made, list(panels[0])
 
 
-def bars(axes: Any, rows: Sequence[tuple[str, Spread, str]], title: str, unit: str = "") -> None:
-    """Horizontal bars from 0 with medians as numbers and extremes as lines: (label, value, colour) each."""
+def bars(
+    axes: Any, rows: Sequence[tuple[str, Spread, str]], title: str, unit: str = "", most: float = math.inf
+) -> None:
+    """Horizontal bars from 0 with medians as numbers and extremes as lines: (label, value, colour) each.
+
+    A bar longer than `most` leaves the picture at the right; its number says so with an arrow.
+    """
     medians = [value.median for _, value, _ in rows]
     reach = [[v.median - v.low for _, v, _ in rows], [v.high - v.median for _, v, _ in rows]]
     axes.barh(
         range(len(rows)), medians, xerr=reach, color=[c for *_, c in rows], error_kw={"ecolor": INK, "capsize": 3}
     )
-    farthest = max(value.high for _, value, _ in rows)
+    farthest = max((value.high for _, value, _ in rows if value.high <= most), default=most)
     on_white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # readable where a line crosses it
     for place, (_, value, _) in enumerate(rows):
-        text = f"{number(value.median)}{unit}"
-        axes.text(value.high + farthest * 0.015, place, text, va="center", fontweight="bold", bbox=on_white)
+        fits = value.high <= most
+        text = f"{number(value.median)}{unit}" + ("" if fits else " →")
+        x = value.high + farthest * 0.015 if fits else farthest * 1.19
+        axes.text(x, place, text, va="center", ha="left" if fits else "right", fontweight="bold", bbox=on_white)
     axes.set_xlim(0, farthest * 1.2)
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.invert_yaxis()

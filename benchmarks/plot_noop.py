@@ -1,5 +1,6 @@
 """The picture of `benchmarks.noop`: how many get through, how long one takes, what a task costs and where that goes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def draw(
     size = 20, 3 + 0.55 * len(summaries)
     made, (throughput, latency, parts) = pyplot.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
     rows = [(s.title, s.throughput, colour_of(s.approach)) for s in summaries]
-    bars(throughput, rows, "Tasks per second from a backlog\nmore is better")
+    with_queue = max((s.throughput.high for s in summaries if s.approach != "plain-ray"), default=math.inf)
+    bars(throughput, rows, "Tasks per second from a backlog\nmore is better", most=with_queue)
     for label, summary in zip(throughput.get_yticklabels(), summaries, strict=True):
         label.set_fontweight("bold" if summary.approach == "bridge" else "normal")
     _distributions(latency, summaries, latencies_ms)
