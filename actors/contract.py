@@ -46,6 +46,7 @@ class Call(NamedTuple):
     release: str
     tasks: tuple[TaskCall, ...]
     estimate_s: float
+    may_part: bool = False  # its tasks have nothing to do with each other: those behind a slow one may come back
 
 
 class FailureKind(StrEnum):
@@ -60,6 +61,7 @@ class FailureKind(StrEnum):
     CRASHED = "crashed"  # the task was running when its executor died by itself: charged
     SUSPECT = "suspect"  # it shared a run with others when its executor died: runs again alone, not yet charged
     LOST = "lost"  # it has not started: runs again, nobody is charged
+    HELD_UP = "held up"  # it has not started: a task ahead of it in its call takes far longer than foreseen
     UNSURE = "unsure"  # lost through no fault of its own while it ran, or may have run: again only if it may run twice
     UNKNOWN_TASK = "unknown task"
     NOT_SENDABLE = "not sendable"  # the value cannot be pickled

@@ -32,6 +32,7 @@ class Entry:
         self.sent: list[TaskCall] = []  # what the executor has now; the journal's indices point here
         self.cancelled: dict[str, float] = {}  # token -> when; long ago for one that gets no grace time
         self.softened: set[str] = set()  # running tasks to be interrupted as by their soft limit
+        self.held_up: set[str] = set()  # tokens given back because a task ahead of them is slow
         self.idle_deaths = 0  # executors that died with this call while no body ran
         self._soft_limit_hit: set[str] = set()  # tokens
         self._soft_limit_told: set[str] = set()
@@ -73,6 +74,8 @@ class Entry:
 
     def record(self, outcome: Outcome) -> TaskCall | None:
         """Take a task's outcome; the task, or None when it had one already."""
+        if outcome.token in self.held_up and outcome.token not in self.cancelled and _is_cancelled(outcome):
+            outcome = Failed(outcome.token, FailureKind.HELD_UP, "HELD_UP", "a task ahead of it was slow")
         for index, task in enumerate(self.todo):
             if task.token == outcome.token:
                 del self.todo[index]
@@ -140,6 +143,10 @@ class Tally:
 def lost(call: Call, kind: FailureKind, message: str) -> Reply:
     """The answer about a call this actor does not have."""
     return Reply(tuple(Failed(task.token, kind, kind.name, message) for task in call.tasks), 0.0)
+
+
+def _is_cancelled(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failed) and outcome.kind is FailureKind.CANCELLED
 
 
 def _size(outcome: Outcome) -> int:

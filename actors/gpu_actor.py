@@ -25,9 +25,9 @@ class GpuActor:
     def __init__(self, slot: int, limits: Limits) -> None:
         self._shell = ActorShell(slot, limits, self._end, accelerator_here())
 
-    def run(self, call: bytes) -> bytes:
+    def run(self, call: bytes, wait_s: float) -> bytes:
         """See `ActorShell.run`; both pickled, because Ray's own serialisation of a tuple takes far longer."""
-        reply: Reply | Busy = self._shell.run(pickle.loads(call))
+        reply: Reply | Busy = self._shell.run(pickle.loads(call), wait_s)
         return pickle.dumps(reply, 5)
 
     def collect(self, call: bytes, wait_s: float) -> bytes:

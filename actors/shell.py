@@ -33,6 +33,7 @@ from actors.contract import (
     Reply,
 )
 from actors.entries import Entry, Limits, Tally, lost
+from actors.journal import Running
 
 #: Executors at once: the release in use and the one that takes over.
 MAX_CHILDREN = 2
@@ -46,6 +47,10 @@ START_ATTEMPTS = 3
 MAX_IDLE_DEATHS = 2
 #: A reply needs this long, in seconds, to leave the process before it may end.
 REPLY_LEAVES_S = 0.5
+#: A body that runs this long in a call of tasks that should take far less holds up those behind it, in seconds.
+HOLDS_UP_S = 0.1
+#: Cancellations kept for calls that have not arrived, at most.
+EARLY_CANCELS = 64
 #: An interrupt that has not reached its body is sent again after this pause.
 RESEND_S = 0.02
 
@@ -71,6 +76,7 @@ class ActorShell:
         self._failures: dict[str, int] = {}
         self._retry_at: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
+        self._early_cancels: dict[str, list[tuple[list[str], Reason]]] = {}  # by call
         self._latest = ""  # the release of the last hello
         self._active: tuple[Entry, Child] | None = None
         self._interrupted: dict[int, float] = {}  # serial of the running body -> when last signalled
@@ -102,8 +108,12 @@ class ActorShell:
             self._hear(driver)
             return self._health(release)
 
-    def run(self, call: Call) -> Reply | Busy:
-        """Take a call; answers when it is finished, or after `reply_after_s` with what there is."""
+    def run(self, call: Call, wait_s: float = 0.0) -> Reply | Busy:
+        """Take a call; answers when it is finished, or after `reply_after_s` as soon as there is news.
+
+        Args:
+            wait_s: without any news it answers after so long; a second call to ask costs more than a thread that waits.
+        """
         with self._lock:
             self._hear(call.driver)
             if call.driver in self._superseded:
@@ -116,10 +126,13 @@ class ActorShell:
             entry = Entry(call, self._lock)
             self._entries[call.id] = entry
             self._queue.append(entry)
+            for tokens, how in self._early_cancels.pop(call.id, ()):
+                self._cancel(entry, tokens, how)
             self._start_call()  # if an executor has nothing to do; the supervisor would come a thread switch later
-            if self._active is None or self._active[0] is not entry or entry.has_limits:
+            if self._active is None or self._active[0] is not entry or entry.has_limits or call.may_part:
                 self._wake()
-            entry.changed.wait_for(lambda: entry.is_finished, self._limits.reply_after_s)
+            if not entry.changed.wait_for(lambda: entry.is_finished, self._limits.reply_after_s):
+                entry.changed.wait_for(entry.has_news, wait_s)
             return self._reply(entry)
 
     def collect(self, call: Call, wait_s: float) -> Reply:
@@ -144,6 +157,10 @@ class ActorShell:
             entry = self._entries.get(call_id)
             if entry is not None:
                 self._cancel(entry, tokens, how)
+            else:  # it has overtaken its call, or comes late; nobody can tell
+                self._early_cancels.setdefault(call_id, []).append((tokens, how))
+                while len(self._early_cancels) > EARLY_CANCELS:
+                    del self._early_cancels[next(iter(self._early_cancels))]
 
     def drain(self) -> None:
         """Take no new calls; the actor ends when what it has is delivered."""
@@ -427,6 +444,8 @@ class ActorShell:
             return
         tasks = entry.sent[running.first : running.first + running.size]
         ran_s = now - running.started_ns / 1e9
+        if entry.call.may_part and ran_s > HOLDS_UP_S:
+            self._part(entry, child, running)
         cancelled = [entry.cancelled[task.token] for task in tasks if task.token in entry.cancelled]
         alone = len(tasks) == 1  # one cancelled task of a shared run ends when the run ends
         softened = alone and tasks[0].token in entry.softened
@@ -441,6 +460,17 @@ class ActorShell:
                 entry.hit_soft_limit(task.token for task in tasks if _exceeded(ran_s, [task.soft_limit_s]))
             self._interrupt(child, running.serial, Reason.SOFT_LIMIT, now)
 
+    def _part(self, entry: Entry, child: Child, running: Running) -> None:
+        """Give back the tasks behind a slow one: another actor may be free."""
+        behind = range(running.first + running.size, len(entry.sent))
+        waiting = [index for index in behind if entry.sent[index].token not in entry.held_up]
+        entry.held_up.update(entry.sent[index].token for index in waiting)
+        for index in waiting:
+            child.journal.cancel(index)
+        if waiting and child.running() == running:  # it has not ended meanwhile, so the next has not been looked at
+            left = [entry.sent[index] for index in waiting if entry.sent[index] in entry.todo]
+            entry.fail(left, FailureKind.HELD_UP, "a task ahead of it takes far longer than foreseen")
+
     def _interrupt(self, child: Child, serial: int, reason: Reason, now: float) -> None:
         if child.journal.taken() != serial or self._interrupted.get(serial) != reason:
             self._interrupted = {serial: reason}
@@ -454,6 +484,8 @@ class ActorShell:
             entry, child = self._active
             running = child.running()
             ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
+            if entry.call.may_part and not entry.held_up:
+                times.append(HOLDS_UP_S - ran_s if ran_s < HOLDS_UP_S else RESEND_S)
             for task in entry.todo:
                 for limit in (task.soft_limit_s, task.hard_limit_s):
                     if limit:

@@ -128,7 +128,8 @@ class Driver:
         os.set_blocking(self._wake_read, False)
         s = self._settings
         rules = Rules(s.call_budget_s, s.call_gap_s, s.call_tasks, s.calls_outstanding, s.starve_after_s)
-        self._scheduler = Scheduler(rules, {name: rule_of(mark) for name, mark in marks.items()})
+        self._rules = {name: rule_of(mark) for name, mark in self._marks.items()}
+        self._scheduler = Scheduler(rules, self._rules)
         use_token()
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
@@ -351,7 +352,8 @@ class Driver:
                 run = task.run
                 calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s))
         if calls:
-            call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s)
+            may_part = len(calls) > 1 and not self._rules[calls[0].name].together
+            call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s, may_part)
             self._calls[call.id] = actor, call
             self._unsent.append((actor, call))
 

@@ -160,8 +160,8 @@ class Fleet:
             ray.shutdown()
 
     def _submit(self, slot: int, call: Call) -> None:
-        data = pickle.dumps(call, 5)
-        self._call(slot, call.id, lambda actor: actor.run.remote(data))
+        data, wait_s = pickle.dumps(call, 5), self._settings.collect_wait_s
+        self._call(slot, call.id, lambda actor: actor.run.remote(data, wait_s))
 
     def _call(self, slot: int, call: str, submit: Callable[[Any], Any], sent: bool = False) -> None:
         try:

@@ -26,6 +26,8 @@ _CROWDED = 0.3
 #: A long call leaves this long before the foreseen end of the one ahead, in seconds: about what its way takes. So long
 #: after that end the foresight was wrong, and nothing is sent any more.
 LEAD_S = 0.005
+#: An actor whose calls should have been answered this long ago gets no more until they are, in seconds.
+OVERDUE_S = 0.05
 #: Work is shared out to idle actors in pieces no smaller than this, in seconds: a call costs about as much.
 _PIECE_S = 0.001
 #: What sums of floats may differ by, in seconds.
@@ -349,6 +351,8 @@ class Scheduler:
         ahead = actor.long_call
         if len(actor.calls) >= self._rules.calls_outstanding:
             return math.inf
+        if now > max(actor.ends_at, actor.free_at) + OVERDUE_S:
+            return math.inf  # something in it takes far longer than foreseen
         if ahead is None:
             return now
         is_long = (self._estimates.of(line.name) or 0.0) >= self._rules.call_budget_s

@@ -91,8 +91,8 @@ class Settings(BaseSettings):
     )
 
     # how long calls wait inside actors
-    reply_after_s: float = Field(0.02, gt=0, description="a call answers after this, finished or not")
-    collect_wait_s: float = Field(1.0, gt=0, description="an unfinished call is asked again this often")
+    reply_after_s: float = Field(0.02, gt=0, description="a call answers after this as soon as any task of it has news")
+    collect_wait_s: float = Field(1.0, gt=0, description="a call without news is asked again this often")
 
     @model_validator(mode="after")
     def _bounds_of_the_fleet(self) -> Self:

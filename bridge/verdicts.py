@@ -53,8 +53,12 @@ def judge(kind: FailureKind, task: Standing) -> Verdict:
             return Verdict.CANCELLED
         case FailureKind.CRASHED | FailureKind.SUSPECT | FailureKind.LOST | FailureKind.UNSURE if task.cancelled:
             return Verdict.CANCELLED
+        case FailureKind.NO_ROOM | FailureKind.HELD_UP if task.cancelled:
+            return Verdict.CANCELLED
         case FailureKind.NO_ROOM:
-            return Verdict.CANCELLED if task.cancelled else Verdict.AGAIN_LATER
+            return Verdict.AGAIN_LATER
+        case FailureKind.HELD_UP:
+            return Verdict.AGAIN
         case FailureKind.EXITED:  # a prefork child would have ended, and nobody would run the task again
             return Verdict.WORKER_LOST
         case FailureKind.CRASHED:

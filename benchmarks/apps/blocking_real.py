@@ -42,13 +42,13 @@ def connect(**_: Any) -> None:
     actors = itertools.cycle(started)
 
 
-@app.task(name="celery_app.tasks.images.enhance")
+@app.task(shared=False, name="celery_app.tasks.images.enhance")
 def enhance(image: str) -> str:
     """The photograph pipeline, on the next actor."""
     return ray.get(next(actors).run.remote("enhance", image))
 
 
-@app.task(name="celery_app.tasks.arrays.total")
+@app.task(shared=False, name="celery_app.tasks.arrays.total")
 def total(data: list[float]) -> float:
     """The sum, on the next actor."""
     return ray.get(next(actors).run.remote("total", data))

@@ -37,7 +37,7 @@ def connect(**_: Any) -> None:
     actors = itertools.cycle(started)
 
 
-@app.task(name="wait")
+@app.task(shared=False, name="wait")
 def wait(seconds: float, sent: float = 0.0) -> list[float]:
     """Keep the next actor busy."""
     return ray.get(next(actors).wait.remote(seconds, sent))

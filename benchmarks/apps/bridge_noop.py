@@ -5,6 +5,6 @@ from celery import Celery
 app = Celery("bridge_noop")
 
 
-@app.task(name="noop", gpu=True)
+@app.task(shared=False, name="noop", gpu=True)
 def noop() -> None:
     """Do nothing, on a warm actor."""

@@ -11,19 +11,19 @@ app = Celery("bridge_work")
 MAX_SIZE = 64
 
 
-@app.task(name="wait", gpu=True)
+@app.task(shared=False, name="wait", gpu=True)
 def wait(seconds: float, sent: float = 0.0) -> list[float]:
     """Keep the GPU busy."""
     return bodies.wait(seconds, sent)
 
 
-@app.task(name="single", gpu=True)
+@app.task(shared=False, name="single", gpu=True)
 def single(item: int) -> list[float]:
     """A run for one item."""
     return bodies.vectorised(1)
 
 
-@app.task(name="together", gpu=True)
+@app.task(shared=False, name="together", gpu=True)
 @batched(max_size=MAX_SIZE)
 def together(item: list[int]) -> list[list[float]]:
     """A run for what waits."""

@@ -5,6 +5,6 @@ from celery import Celery
 app = Celery("plain")
 
 
-@app.task(name="noop")
+@app.task(shared=False, name="noop")
 def noop() -> None:
     """Do nothing."""

@@ -7,7 +7,7 @@ from benchmarks.apps import bodies
 app = Celery("plain_work")
 
 
-@app.task(name="wait")
+@app.task(shared=False, name="wait")
 def wait(seconds: float, sent: float = 0.0) -> list[float]:
     """Keep this process busy."""
     return bodies.wait(seconds, sent)

@@ -34,7 +34,7 @@ def connect(**_: Any) -> None:
     ray.get(actor.noop.remote())
 
 
-@app.task(name="noop")
+@app.task(shared=False, name="noop")
 def noop() -> None:
     """Do nothing, on the actor."""
     ray.get(actor.noop.remote())

@@ -29,6 +29,7 @@ from actors.contract import (
     LogLine,
     Pending,
     Release,
+    Succeeded,
     TaskCall,
 )
 from actors.entries import Limits
@@ -106,6 +107,15 @@ def hold(started, release):
     note(started)
     until(release)
     return os.getpid()
+
+@app.task
+def naps(seconds): time.sleep(seconds)
+
+@app.task
+def touch(path): note(path)
+
+@app.task
+def waits_for(path): until(path)
 
 @app.task
 def raises(): raise KeyError("missing")
@@ -411,7 +421,8 @@ TASKS = [
     "no_memory_early", "says_and_holds", "starts", "returns_bomb", "prints_then_bomb", "halves",
     "prints_where_it_kept",
     "catches", "busy_with_locks", "logs_under_lock", "locks_are_free", "squares", "batch_segfault", "batch_sizes",
-    "batch_hold", "progress_and_hold", "tells_for_ever",
+    "batch_hold", "progress_and_hold", "tells_for_ever", "naps", "touch",
+    "waits_for",
 ]  # fmt: skip
 
 
@@ -1370,3 +1381,51 @@ def test_interrupts_never_hit_another_task_and_leave_no_lock_held(driver):
     assert interrupted > 100, "hardly anything was interrupted: the test tests nothing"
     assert driver.value("locks_are_free") == []
     assert driver.executor == pid
+
+
+# ---- one call for a body that takes its time; what stands behind a slow one
+
+
+def test_a_call_of_one_long_body_is_answered_once(driver):
+    call = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("naps", 0.2),), 0.2)
+    (answer,) = driver.shell.run(call, wait_s=60.0).answers
+    assert isinstance(answer, Succeeded), "no Pending that would have to be asked for again"
+
+
+def test_a_cancellation_that_overtakes_its_call_is_not_lost(driver, path):
+    call = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("touch", str(path)),), 0.0)
+    driver.shell.cancel(call.id, [call.tasks[0].token])
+    (answer,) = driver.shell.run(call, wait_s=60.0).answers
+    assert kinds([answer]) == [FailureKind.CANCELLED]
+    assert not Path(path).exists()
+
+
+def test_tasks_behind_a_slow_one_come_back_while_it_runs(driver, folder, path, tmp_path):
+    marks = [str(tmp_path / f"ran{number}") for number in range(3)]
+    tasks = (task("echo", 1), task("waits_for", str(path)), *[task("touch", mark) for mark in marks])
+    call = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, tasks, 0.001, may_part=True)
+    found = {}
+
+    def take(reply):
+        found.update({answer.token: answer for answer in reply.answers if not isinstance(answer, Pending)})
+
+    take(driver.shell.run(call))
+    while len(found) < 4:
+        take(driver.shell.collect(call, 60.0))
+    assert kinds([found[each.token] for each in tasks[2:]]) == [FailureKind.HELD_UP] * 3
+    assert tasks[1].token not in found, "the slow one runs on"
+    Path(path).touch()
+    while len(found) < 5:
+        take(driver.shell.collect(call, 60.0))
+    assert value(found[tasks[0].token]) == 1 and isinstance(found[tasks[1].token], Succeeded)
+    assert not any(Path(mark).exists() for mark in marks), "what came back has not run here"
+
+
+def test_tasks_of_one_run_do_not_part(driver, path):
+    tasks = (task("waits_for", str(path)), task("echo", 1))
+    sent = driver.send(*tasks)
+    for _ in range(3):
+        sent.collect(0.2)
+    assert not sent.found
+    Path(path).touch()
+    assert kinds(sent.outcomes()) == ["succeeded"] * 2

@@ -297,7 +297,7 @@ def test_a_batch_takes_no_other_task_with_it():
         clock.wait(name, token=token)
     clock.now += 1
     assert tokens(clock.finish("held")) == [("a", "c")]
-    clock.now += 1
+    clock.now += RULES.call_gap_s
     assert tokens(clock.do(Tick())) == [("b", "d")]
 
 
@@ -499,6 +499,23 @@ def test_an_idle_actor_is_preferred_to_one_that_will_soon_be_free():
     clock.now += LONG_S - LEAD_S / 2
     (call,) = calls(clock.wait("long", token="next"))
     assert call.actor == 1
+
+
+def test_an_actor_whose_answer_is_overdue_gets_nothing_until_it_comes():
+    """A short name that takes long once: what follows must not queue behind it."""
+    clock = Clock(actors=2).knows("tiny", TINY_S)
+    clock.wait(token="slow")
+    clock.now += 0.1
+    places = set()
+    for number in range(6):
+        (call,) = calls(clock.wait(token=f"next{number}"))
+        places.add(call.actor)
+        clock.finish(*call.tokens, run_s=TINY_S)
+        clock.now += 0.1
+    assert places == {1}
+    clock.do(ActorLost(1))
+    assert clock.wait(token="last") == []
+    assert tokens(clock.finish("slow", run_s=2.0)) == [("last",)]
 
 
 def test_long_and_short_tasks_mixed_leave_an_actor_to_the_short_ones():

@@ -20,6 +20,7 @@ LOST, ALONE, AGAIN = Verdict.WORKER_LOST, Verdict.AGAIN_ALONE, Verdict.AGAIN
         ("SUSPECT", LOST, ALONE, LOST, ALONE, ALONE),
         ("UNSURE", LOST, AGAIN, LOST, AGAIN, AGAIN),
         ("LOST", AGAIN, AGAIN, AGAIN, AGAIN, AGAIN),
+        ("HELD_UP", *[AGAIN] * 5),
         ("NO_ROOM", *[Verdict.AGAIN_LATER] * 5),
         ("EXITED", LOST, LOST, LOST, LOST, LOST),
         ("HARD_LIMIT", *[Verdict.TIMED_OUT] * 5),
@@ -43,7 +44,7 @@ def test_every_kind_of_failure_is_in_the_table_above():
     assert rows == {kind.name for kind in FailureKind}
 
 
-@pytest.mark.parametrize("kind", ["CRASHED", "SUSPECT", "LOST", "UNSURE", "NO_ROOM"])
+@pytest.mark.parametrize("kind", ["CRASHED", "SUSPECT", "LOST", "UNSURE", "NO_ROOM", "HELD_UP"])
 def test_what_was_given_up_neither_runs_again_nor_fails(kind):
     for standing in (EARLY, LATE, RETRIED):
         assert judge(FailureKind[kind], standing._replace(cancelled=True)) is Verdict.CANCELLED
