@@ -107,10 +107,15 @@ class GroupedQoS(stock.QoS):
 
     def append(self, message: Any, delivery_tag: Any) -> None:
         """Note a message as unacknowledged, unless that was done when it was taken."""
-        if self.is_only_taken(delivery_tag) or self.channel.note(message, delivery_tag):
+        if self.is_only_taken(delivery_tag):
             virtual.QoS.append(self, message, delivery_tag)
-        else:
+            return
+        answer = self.channel.note(message, delivery_tag)
+        if answer is None:
             super().append(message, delivery_tag)
+        else:  # in the order of their arrival, in which kombu gives them back
+            virtual.QoS.append(self, message, delivery_tag)
+            self.channel.keep(*answer)
 
     def is_only_taken(self, delivery_tag: Any) -> bool:
         """Whether a message was taken and is not delivered yet."""
@@ -278,7 +283,7 @@ class GroupedChannel:
             raise
         else:
             self._asked = None
-            self._keep(taken, asked.queues, asked.room)
+            self.keep(taken, asked.queues, asked.room)
         finally:
             self.forget_question()
             self._in_poll = None
@@ -291,19 +296,18 @@ class GroupedChannel:
             self.qos.ack_again(self._asked.acks)  # type: ignore[attr-defined]
             self._asked = None
 
-    def note(self, message: Any, delivery_tag: Any) -> bool:
-        """Note BRPOP's message as unacknowledged and take more; False: kombu has to note it."""
+    def note(self, message: Any, delivery_tag: Any) -> tuple[list[Any], list[str], int] | None:
+        """Note BRPOP's message as unacknowledged and take more, to `keep`; None: kombu has to note it."""
         if not self._reads or not self._may_take():
-            return False
+            return None
         info, count = message.delivery_info, self.qos.room - 1  # type: ignore[attr-defined]
         text = dumps([message._raw, info["exchange"], info["routing_key"]])
         keys, arguments, queues = self._question(count, delivery_tag, text)
         try:
-            self._keep(self._take(keys, arguments, client=self.plain_client), queues, count)
+            return self._take(keys, arguments, client=self.plain_client), queues, count
         except ResponseError as error:
             self._refused(error)
-            return False
-        return True
+            return None
 
     def _may_take(self) -> bool:
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
@@ -331,7 +335,7 @@ class GroupedChannel:
         rotates = int(type(cycle) is round_robin_cycle)
         return keys, [time.time(), len(queues), rotates, count, MOST_BYTES, LARGEST_BYTES, tag, text], queues
 
-    def _keep(self, taken: list[Any], queues: list[str], count: int) -> None:
+    def keep(self, taken: list[Any], queues: list[str], count: int) -> None:
         """What the script has taken is to be delivered."""
         for number, tag, raw in zip(*[iter(taken)] * 3, strict=True):
             queue = queues[number - 1]

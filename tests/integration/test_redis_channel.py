@@ -434,6 +434,21 @@ def test_nothing_consumed_any_more_acknowledgements_leave_at_once(server, desk):
     assert len(noted(server.client)) == 4
 
 
+def test_what_is_given_back_has_kombus_order(server, desk):
+    orders = []
+    for grouped in (False, True):
+        publish(server.url, range(9))
+        one = desk(grouped=grouped)
+        one.drain()
+        one.connection.close()
+        again = desk(grouped=False)
+        orders.append(again.drain())
+        for message in again.received:
+            message.ack()
+        again.connection.close()
+    assert orders[0] == orders[1] and len(orders[0]) == 9
+
+
 @pytest.mark.parametrize("end", ["cancel", "close"])
 def test_what_is_on_its_way_when_nothing_is_consumed_any_more_goes_back(server, desk, end):
     publish(server.url, range(40))
