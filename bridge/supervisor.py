@@ -335,8 +335,8 @@ class DriverSupervisor:
     def _send(self, message: Any) -> None:
         if self._link is not None:
             self._link.send(message)
-            if self._hub is None:
-                self.flush()
+            if self._hub is None or not self._requests:
+                self.flush()  # nothing else is in hand: a task that is alone leaves at once
             elif not self._flushes_soon:
                 self._flushes_soon = True
                 self._hub.call_soon(self.flush)
