@@ -55,6 +55,11 @@ class Entry:
         """Every outcome has left; the entry can be forgotten."""
         return not self._undelivered
 
+    def behind(self, place: int) -> list[int]:
+        """Places from `place` on, among what the executor has, of tasks without an outcome."""
+        left = {task.token for task in self.todo}
+        return [index for index in range(place, len(self.sent)) if self.sent[index].token in left]
+
     def has_news(self) -> bool:
         """There is an outcome or a wish that has not left yet."""
         return bool(self._wishes or self._soft_limit_hit) or not self._undelivered.isdisjoint(self._outcomes)

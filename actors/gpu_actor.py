@@ -55,6 +55,11 @@ class GpuActor:
         self._shell.cancel(call_id, tokens, how)
 
     @ray.method(concurrency_group="control")
+    def forget(self, call_id: str) -> None:
+        """See `ActorShell.forget`."""
+        self._shell.forget(call_id)
+
+    @ray.method(concurrency_group="control")
     def drain(self) -> None:
         """See `ActorShell.drain`."""
         self._shell.drain()

@@ -7,7 +7,7 @@ Never imports CuPy: `actors/device.py` passes it in. Interrupts wait until a cop
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy
@@ -65,7 +65,7 @@ class PinnedCopies:
             for start, end in _pieces(array.nbytes):
                 if len(under_way) == _AHEAD:
                     _take(under_way.popleft(), flat)
-                slab = self._next_slab()
+                slab = self._next_slab({id(taken) for taken, _, _ in under_way})
                 source[start:end].get(stream=stream, out=slab.bytes[: end - start], blocking=False)
                 slab.copied.record(stream)
                 under_way.append((slab, start, end))
@@ -73,9 +73,14 @@ class PinnedCopies:
                 _take(under_way.popleft(), flat)
         return target
 
-    def _next_slab(self) -> _Slab:
-        """A buffer that no copy uses any more: a free one, a new one, or the oldest, waited for."""
-        if self._slabs and (len(self._slabs) == SLABS or self._slabs[0].copied.done):
+    def _next_slab(self, full: Collection[int] = ()) -> _Slab:
+        """A buffer that no copy uses any more: a free one, a new one, or the oldest, waited for.
+
+        Args:
+            full: ids of buffers whose contents are still wanted; fewer than `SLABS`, and the newest.
+        """
+        oldest = self._slabs[0] if self._slabs else None
+        if oldest and id(oldest) not in full and (len(self._slabs) == SLABS or oldest.copied.done):
             slab = self._slabs.popleft()
             slab.copied.synchronize()  # not `done` in a loop: it is never true again once the context is broken
         else:

@@ -84,6 +84,7 @@ class ActorShell:
         self._generation = 0
         self._heard_at = self._replied_at = self._worked_at = time.monotonic()
         self._closing = False
+        self._untold: set[str] = set()  # drivers that do not know yet that it is closing
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -100,13 +101,13 @@ class ActorShell:
             self._latest = self._releases[driver] = config.release.id
             self._hear(driver)
             self._wake()
-            return self._health(config.release.id)
+            return self._tell(driver, config.release.id)
 
     def health(self, driver: str, release: str) -> Health:
         """The actor's account of itself for a release; renews the driver's lease."""
         with self._lock:
             self._hear(driver)
-            return self._health(release)
+            return self._tell(driver, release)
 
     def run(self, call: Call, wait_s: float = 0.0) -> Reply | Busy:
         """Take a call; answers when it is finished, or after `reply_after_s` as soon as there is news.
@@ -122,6 +123,7 @@ class ActorShell:
                 return lost(call, FailureKind.LOST, "the actor was restarted and does not know this release yet")
             queued = sum(len(entry.todo) for entry in self._entries.values())
             if self._closing or (queued and queued + len(call.tasks) > self._limits.queued_tasks):
+                self._replied_at = time.monotonic()
                 return Busy(self._queue_s())
             entry = Entry(call, self._lock)
             self._entries[call.id] = entry
@@ -129,7 +131,7 @@ class ActorShell:
             for tokens, how in self._early_cancels.pop(call.id, ()):
                 self._cancel(entry, tokens, how)
             self._start_call()  # if an executor has nothing to do; the supervisor would come a thread switch later
-            if self._active is None or self._active[0] is not entry or entry.has_limits or call.may_part:
+            if self._active is None or self._active[0] is not entry or entry.has_limits or len(call.tasks) > 1:
                 self._wake()
             if not entry.changed.wait_for(lambda: entry.is_finished, self._limits.reply_after_s):
                 entry.changed.wait_for(entry.has_news, wait_s)
@@ -163,10 +165,19 @@ class ActorShell:
                     del self._early_cancels[next(iter(self._early_cancels))]
 
     def drain(self) -> None:
-        """Take no new calls; the actor ends when what it has is delivered."""
+        """Take no new calls; the actor ends when what it has is delivered and all its drivers have been told."""
         with self._lock:
-            self._closing = True
+            self._start_closing()
             self._wake()
+
+    def forget(self, call_id: str) -> None:
+        """Drop a call whose reply was lost on its way: nobody will ask for it again."""
+        with self._lock:
+            self._early_cancels.pop(call_id, None)
+            entry = self._entries.get(call_id)
+            if entry is not None:
+                self._drop_entry(entry, "its reply was lost")
+                self._wake()
 
     def close(self) -> None:
         """End the executors at once."""
@@ -190,13 +201,16 @@ class ActorShell:
         """Forget the calls of a driver that is gone; what runs of them is interrupted."""
         self._large = {token: kept for token, kept in self._large.items() if kept[0] != driver}
         for entry in [entry for entry in self._entries.values() if entry.call.driver == driver]:
-            if self._active is not None and self._active[0] is entry:
-                self._cancel(entry, [task.token for task in entry.todo])
-            else:
-                entry.fail(entry.todo, FailureKind.LOST, why)
-            if entry in self._queue:
-                self._queue.remove(entry)
-            self._entries.pop(entry.call.id, None)
+            self._drop_entry(entry, why)
+
+    def _drop_entry(self, entry: Entry, why: str) -> None:
+        if self._active is not None and self._active[0] is entry:
+            self._cancel(entry, [task.token for task in entry.todo])
+        else:
+            entry.fail(entry.todo, FailureKind.LOST, why)
+        if entry in self._queue:
+            self._queue.remove(entry)
+        self._entries.pop(entry.call.id, None)
 
     def _expire_leases(self, now: float) -> None:
         gone = {driver for driver, heard in self._drivers.items() if now - heard > self._limits.lease_s}
@@ -241,6 +255,8 @@ class ActorShell:
 
     def _is_over(self) -> bool:
         idle = not self._entries and not self._large and time.monotonic() - self._replied_at > REPLY_LEAVES_S
+        if self._closing and not self._untold.isdisjoint(self._drivers):
+            return False  # that driver may send a call at any moment
         unwanted = time.monotonic() - self._heard_at > self._limits.keep_warm_s
         return idle and (self._closing or unwanted)
 
@@ -249,7 +265,12 @@ class ActorShell:
         if self._entries or any(child.ready is None for child in self._children.values()):
             self._worked_at = time.monotonic()
         elif time.monotonic() - self._worked_at > self._limits.keep_idle_s:
+            self._start_closing()
+
+    def _start_closing(self) -> None:
+        if not self._closing:
             self._closing = True
+            self._untold = set(self._drivers)
 
     def _start_children(self) -> None:
         wanted = dict.fromkeys(self._next_releases())
@@ -311,6 +332,7 @@ class ActorShell:
         if entry.is_finished:
             return self._start_call()
         entry.sent = list(entry.todo)
+        entry.held_up.clear()
         self._active = entry, child
         try:
             child.send(entry.call._replace(tasks=tuple(entry.sent)))
@@ -462,14 +484,19 @@ class ActorShell:
 
     def _part(self, entry: Entry, child: Child, running: Running) -> None:
         """Give back the tasks behind a slow one: another actor may be free."""
-        behind = range(running.first + running.size, len(entry.sent))
-        waiting = [index for index in behind if entry.sent[index].token not in entry.held_up]
+        why = "a task ahead of it takes far longer than foreseen"
+        driver = entry.call.driver
+        for other in [each for each in self._queue if each.call.may_part and each.call.driver == driver]:
+            self._queue.remove(other)
+            other.fail(other.todo, FailureKind.HELD_UP, why)
+        waiting = entry.behind(running.first + running.size)
+        if not waiting:
+            return
         entry.held_up.update(entry.sent[index].token for index in waiting)
         for index in waiting:
             child.journal.cancel(index)
-        if waiting and child.running() == running:  # it has not ended meanwhile, so the next has not been looked at
-            left = [entry.sent[index] for index in waiting if entry.sent[index] in entry.todo]
-            entry.fail(left, FailureKind.HELD_UP, "a task ahead of it takes far longer than foreseen")
+        if child.running() == running:  # it has not ended meanwhile, so the next one has not been looked at
+            entry.fail([entry.sent[index] for index in waiting], FailureKind.HELD_UP, why)
 
     def _interrupt(self, child: Child, serial: int, reason: Reason, now: float) -> None:
         if child.journal.taken() != serial or self._interrupted.get(serial) != reason:
@@ -484,7 +511,7 @@ class ActorShell:
             entry, child = self._active
             running = child.running()
             ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
-            if entry.call.may_part and not entry.held_up:
+            if entry.call.may_part and running and (self._queue or entry.behind(running.first + running.size)):
                 times.append(HOLDS_UP_S - ran_s if ran_s < HOLDS_UP_S else RESEND_S)
             for task in entry.todo:
                 for limit in (task.soft_limit_s, task.hard_limit_s):
@@ -512,6 +539,12 @@ class ActorShell:
     def _queue_s(self) -> float:
         waiting = sum(entry.call.estimate_s for entry in self._queue)
         return waiting + (self._active[0].call.estimate_s if self._active is not None else 0.0)
+
+    def _tell(self, driver: str, release: str) -> Health:
+        if driver in self._untold:
+            self._untold.discard(driver)
+            self._replied_at = time.monotonic()  # the word must leave before the process does
+        return self._health(release)
 
     def _health(self, release: str) -> Health:
         child = self._children.get(release)

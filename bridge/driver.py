@@ -163,6 +163,9 @@ class Driver:
             self._turn()
             self._results.flush()
             written = self._flush()
+            if written and self._unsent:  # the worker has taken what was in their way
+                self._submit()
+                written = self._flush()
             if written is waiting_to_write:
                 waiting_to_write = not written
                 poll.modify(self._link.fileno(), select.EPOLLIN | (select.EPOLLOUT if waiting_to_write else 0))
@@ -267,9 +270,12 @@ class Driver:
         now, longest = time.monotonic(), self._settings.cluster_wait_s
         self._fleet.want(self._scheduler.wanted_by(now, GROW_AFTER_S))
         for stranded in self._scheduler.stranded(now):
+            task = self._by_token.get(stranded.token)
+            if task is None:
+                continue  # given back in this turn
             if now - stranded.since >= longest:
                 self._cancel_quietly(stranded.token)
-                self._refuse(self._by_token[stranded.token], self._no_actor(stranded.name))
+                self._refuse(task, self._no_actor(stranded.name))
             elif self._roster.ready and now - stranded.since > GROW_AFTER_S and stranded.name not in self._warned:
                 self._warned.add(stranded.name)
                 logger.warning("%s waits up to %g s: %s", stranded.name, longest, self._no_actor(stranded.name))
@@ -352,7 +358,8 @@ class Driver:
                 run = task.run
                 calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s))
         if calls:
-            may_part = len(calls) > 1 and not self._rules[calls[0].name].together
+            is_short = estimate_s < self._settings.call_budget_s
+            may_part = is_short and not self._rules[calls[0].name].together
             call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s, may_part)
             self._calls[call.id] = actor, call
             self._unsent.append((actor, call))
@@ -400,6 +407,7 @@ class Driver:
         actor, call = self._calls[call_id]
         if reply is None:
             self._lose_actor(actor, reason)
+            self._fleet.forget(actor, call_id)
             reply = Reply(tuple(Failed(t.token, without, without.name, reason) for t in call.tasks), 0.0)
         elif isinstance(reply, Busy):
             self._put_back(call_id, actor, call)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: The cluster counts as gone after this many failed probes in a row.
 PROBES = 5
+#: States of an actor that waits in Ray for a GPU.
+_HOMELESS = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
 #: How `Place.name` names actors.
 _NAME = re.compile(r"gpu-(?:(?P<kind>.+)-)?(?P<number>\d+)-v\d+")
 #: An actor that has not answered a beat for this long takes no calls, in seconds.
@@ -82,9 +84,10 @@ Notify = Callable[[FleetEvent], None]
 class _Slot:
     """One actor as seen from here; owned by the helper thread, `handle` read by the loop's."""
 
-    def __init__(self, place: Place, handle: Any) -> None:
+    def __init__(self, place: Place, handle: Any, is_own: bool) -> None:
         self.place = place
         self.handle = handle
+        self.is_own = is_own  # asked for by this driver
         self.heard_at = time.monotonic()
         self.asked = False  # a hello or beat is on its way
         self.greeted = False
@@ -141,11 +144,25 @@ class Fleet:
 
     def cancel(self, slot: int, call: str, tokens: list[str], how: Reason) -> None:
         """Withdraw or interrupt tasks of a call; their outcomes say what became of them."""
-        if slot in self._slots:
-            self._slots[slot].handle.cancel.remote(call, tokens, how)
+        self._say(slot, "cancel", call, tokens, how)
+
+    def forget(self, slot: int, call: str) -> None:
+        """A call's answer is lost: should its actor live, it must not keep what nobody will ask for again."""
+        self._say(slot, "forget", call)
+
+    def _say(self, slot: int, method: str, *args: Any) -> None:
+        """Tell an actor something that has no answer; one that is gone need not hear it."""
+        known = self._slots.get(slot)  # once: the helper may forget it meanwhile
+        if known is not None:
+            try:
+                getattr(known.handle, method).remote(*args)
+            except Exception as error:
+                logger.warning("GPU actor %d could not be told to %s: %s", slot, method, as_text(error))
 
     def want(self, accelerators: set[str]) -> None:
         """Tasks wait for actors of these kinds: there may be more of them, within the settings' bounds."""
+        if "" in accelerators and "" not in self._needs.kinds:
+            accelerators = accelerators | set(self._needs.kinds)  # a map over GPU tasks: any actor will do
         self._wanted = frozenset(accelerators)
 
     def restart_actors(self) -> None:
@@ -253,17 +270,16 @@ class Fleet:
         try:
             self._look_at_cluster()
             self._adopt()
-            for kind in self._needs.kinds:
+            for kind in reversed(self._needs.kinds):  # "" last: such an actor may be placed on any GPU that is free
                 self._fill(kind)
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
             return
         waits = f"waits in Ray for {self._needs.share:g} GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
         for slot, known in list(self._slots.items()):
-            if not known.greeted and known.place.number >= self._bounds[known.place.accelerator].most:
-                continue  # its GPU has left the cluster
             self._ask(slot, known)
-            if known.asked and time.monotonic() - known.heard_at > SILENT_S:
+            has_left = not known.greeted and known.place.number >= self._bounds[known.place.accelerator].most
+            if known.asked and time.monotonic() - known.heard_at > SILENT_S and not has_left:
                 self._notify(SlotChanged(slot, None, "does not answer" if known.greeted else waits))
 
     def _look_at_cluster(self) -> None:
@@ -282,7 +298,7 @@ class Fleet:
             if place and place.name == name and place.accelerator in self._needs.kinds:
                 slot = place.slot(self._needs)
                 if slot not in self._slots:
-                    self._slots[slot] = _Slot(place, ray.get_actor(name))
+                    self._slots[slot] = _Slot(place, ray.get_actor(name), is_own=False)
 
     def _fill(self, kind: str) -> None:
         """Create the actors of a kind that should be there; take back what nobody waits for any more."""
@@ -291,10 +307,11 @@ class Fleet:
         pending = [slot for slot, known in mine.items() if not known.pid]
         for number in missing({known.place.number for known in mine.values()}, bool(pending), is_wanted, within):
             place = Place(kind, number)
-            self._slots[place.slot(self._needs)] = _Slot(place, self._create(place))
-        for slot in pending:
-            if not is_wanted and not self._belongs(mine[slot].place):
-                ray.kill(mine[slot].handle)  # it would show as demand to Ray's autoscaler, and get a GPU for nothing
+            self._slots[place.slot(self._needs)] = _Slot(place, self._create(place), is_own=True)
+        for slot, known in mine.items():
+            idle_demand = known.is_own and not known.greeted and not is_wanted and not self._belongs(known.place)
+            if idle_demand and _state(known.handle) in _HOMELESS:
+                ray.kill(known.handle)  # it would show as demand to Ray's autoscaler, and get a GPU for nothing
                 self._release(slot)
 
     def _belongs(self, place: Place) -> bool:
@@ -343,12 +360,12 @@ class Fleet:
             ref = slot.handle.health.remote(self._driver, self._config.release.id)
         else:
             ref = slot.handle.hello.remote(self._driver, self._supersedes, self._config)
-        _when_done(ref, lambda value, error: self._events.put((number, value if value is not None else error)))
+        _when_done(ref, lambda value, error: self._events.put((number, (slot, error if value is None else value))))
 
-    def _hear(self, number: int, answer: Any) -> None:
-        slot = self._slots.get(number)
-        if slot is None:
-            return  # released meanwhile
+    def _hear(self, number: int, said: tuple[_Slot, Any]) -> None:
+        slot, answer = said
+        if self._slots.get(number) is not slot:
+            return  # released meanwhile, and perhaps another's by now
         slot.asked = False
         slot.heard_at = time.monotonic()
         slot.ready = isinstance(answer, Health) and answer.state is ActorState.READY
@@ -365,6 +382,13 @@ class Fleet:
             if has_ended:
                 del self._slots[number]  # for good: the next beat creates it again by name
             self._notify(SlotChanged(number, None, str(answer)))
+
+
+def _state(handle: Any) -> str:
+    """What Ray's control service says of an actor; Ray has no public way to ask without the dashboard."""
+    from ray._private.state import actors
+
+    return str(actors(handle._actor_id.hex()).get("State", ""))
 
 
 def _when_done(ref: Any, callback: Callable[[Any, str], None]) -> None:

@@ -39,8 +39,8 @@ class Roster:
         return [ActorLost(slot)]
 
     def release(self, slot: int) -> list[Event]:
-        """An actor has ended because it had nothing to do."""
-        logger.info("GPU actor %d has ended: it had nothing to do", slot)
+        """An actor has ended that is not always there."""
+        logger.info("GPU actor %d has ended; another comes when work waits for it", slot)
         self.ready.discard(slot)
         self._rows.pop(slot, None)
         return [ActorLost(slot)]

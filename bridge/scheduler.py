@@ -351,7 +351,7 @@ class Scheduler:
         ahead = actor.long_call
         if len(actor.calls) >= self._rules.calls_outstanding:
             return math.inf
-        if now > max(actor.ends_at, actor.free_at) + OVERDUE_S:
+        if now > actor.ends_at + OVERDUE_S:
             return math.inf  # something in it takes far longer than foreseen
         if ahead is None:
             return now
@@ -365,9 +365,10 @@ class Scheduler:
         if line.rule.max_size and not line.alone:
             if line.count >= line.rule.max_size:
                 return now
-            if not actor.calls:  # or the actor would stand idle although there is other work
-                alone = line.count == len(self._lines)
-                return line.head(math.inf).since + line.rule.max_wait_s if alone else now
+            full_at = line.head(math.inf).since + line.rule.max_wait_s
+            if actor.calls:
+                return max(full_at, actor.last_call_at + self._rules.call_gap_s)
+            return full_at if line.count == len(self._lines) else now  # or it would stand idle, and there is other work
         if not self._running and len(self._lines) == 1 and self._crowding < _CROWDED:
             return now
         if self._waiting_s() >= self._rules.call_budget_s or len(self._lines) >= self._rules.call_tasks:

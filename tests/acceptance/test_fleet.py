@@ -23,7 +23,7 @@ def start(environment, producer, tmp_path):
             self.cluster = RayCluster(tmp_path, **cluster)
             started.append(self.cluster)
             self.name = f"fleet@{socket.gethostname()}"
-            env = {
+            self.env = env = {
                 **environment,
                 "BRIDGE_RAY_ADDRESS": self.cluster.address,
                 "BRIDGE_BEAT_S": "0.2",
@@ -36,11 +36,20 @@ def start(environment, producer, tmp_path):
         def send(self, task, *args):
             return producer.send_task(f"fleet.{task}", args, queue="fleet")
 
-        def gpu(self):
-            return producer.control.inspect(destination=[self.name], timeout=20)._request("gpu")[self.name]
+        def gpu(self, name=None):
+            name = name or self.name
+            return producer.control.inspect(destination=[name], timeout=20)._request("gpu")[name]
 
-        def states(self):
-            return {actor["slot"]: actor["state"] for actor in self.gpu()["actors"]}
+        def states(self, name=None):
+            return {actor["slot"]: actor["state"] for actor in self.gpu(name)["actors"]}
+
+        def meet(self, folder, names):
+            """Bodies that end when all of them run; the processes they ran in."""
+            folder.mkdir()
+            results = [self.send("meet", str(folder), name, len(names)) for name in names]
+            answers = [result.get(**GET) for result in results]
+            assert {met for _, met in answers} == {len(names)}
+            return {pid for pid, _ in answers}
 
         def join(self, *options, **node):
             started.append(RayNode(tmp_path, self.cluster, *options, **node))
@@ -69,6 +78,24 @@ def test_the_fleet_grows_with_the_work_within_its_bounds_and_gives_idle_actors_b
     results = [fleet.send("meet", str(tmp_path / "again"), name, 2) for name in "ab"]
     assert [met for _, met in (result.get(**GET) for result in results)] == [2, 2], "it comes back with the work"
     assert "takes no calls" not in fleet.worker.output, "an idle actor's end is no alarm"
+    fleet.stop()
+
+
+def test_an_idle_worker_uses_the_actors_of_a_busy_one_and_leaves_them_alone(start, tmp_path):
+    settings = {"BRIDGE_MIN_ACTORS": "1", "BRIDGE_MAX_ACTORS": "2", "BRIDGE_KEEP_IDLE_S": "60"}
+    fleet = start(settings, gpus=2)
+    other = f"idle@{socket.gethostname()}"
+    options = ("-c", "1", "-Q", "idle", "-n", "idle@%h")
+    idle = Worker(tmp_path, *options, app="tests.apps.fleet:app", env=fleet.env, log="idle.log")
+    pids = fleet.meet(tmp_path / "met", "ab")
+    assert len(pids) == 2
+    wait_for(lambda: fleet.states(other) == {0: "ready", 1: "ready"}, "the idle worker to find both")
+    late = Worker(
+        tmp_path, "-c", "1", "-Q", "late", "-n", "late@%h", app="tests.apps.fleet:app", env=fleet.env, log="l"
+    )
+    wait_for(lambda: fleet.states(f"late@{socket.gethostname()}") == {0: "ready", 1: "ready"}, "a third to find both")
+    assert fleet.meet(tmp_path / "again", "ab") == pids, "nobody has ended the second actor"
+    assert idle.stop() == 0 and late.stop() == 0
     fleet.stop()
 
 

@@ -23,7 +23,7 @@ class SaidFleet:
     """Records what the driver asks of its fleet."""
 
     def __init__(self, *_):
-        self.calls, self.collected, self.fetched, self.cancelled = [], [], [], []
+        self.calls, self.collected, self.fetched, self.cancelled, self.forgotten = [], [], [], [], []
 
     def submit(self, slot, call):
         self.calls.append(call)
@@ -36,6 +36,9 @@ class SaidFleet:
 
     def cancel(self, slot, call, tokens, how):
         self.cancelled += tokens
+
+    def forget(self, slot, call):
+        self.forgotten.append(call)
 
     def want(self, accelerators):
         self.wanted = accelerators
@@ -326,3 +329,22 @@ def test_a_revoked_task_without_room_is_not_tried_again(lab):
     lab.ready()
     assert not lab.fleet.calls
     assert [type(answer) for answer in lab.answers()] == [link.Ended]
+
+
+def test_an_actor_whose_reply_was_lost_is_told_to_forget_the_call(lab):
+    """It may live: then it would keep the outcomes for ever, and never be idle."""
+    call = shared_call(lab, 1)
+    lab.event(Replied(call.id, None, "the connection was reset"))
+    assert lab.fleet.forgotten == [call.id]
+
+
+def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab, monkeypatch):
+    monkeypatch.setattr(lab.driver, "_settings", lab.driver._settings.model_copy(update={"cluster_wait_s": 1e-6}))
+    serial = lab.send(1)
+    lab.link.send(link.Withdraw(serial))
+    lab.link.flush()
+    lab.driver._read_link()
+    lab.driver._look_at_waiting()
+    lab.driver._turn()
+    lab.driver._flush()
+    assert [type(message) for message in lab.link.receive()] == [link.Flushed]

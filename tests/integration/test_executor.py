@@ -1429,3 +1429,47 @@ def test_tasks_of_one_run_do_not_part(driver, path):
     assert not sent.found
     Path(path).touch()
     assert kinds(sent.outcomes()) == ["succeeded"] * 2
+
+
+def test_a_call_queued_behind_a_slow_short_one_comes_back(driver, path):
+    slow = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("waits_for", str(path)),), 0.001, True)
+    behind = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("echo", 1),), 0.001, True)
+    driver.shell.run(slow)
+    (answer,) = driver.shell.run(behind, wait_s=60.0).answers
+    assert kinds([answer]) == [FailureKind.HELD_UP]
+    Path(path).touch()
+    (answer,) = driver.shell.collect(slow, 60.0).answers
+    assert isinstance(answer, Succeeded)
+
+
+# ---- the end of an idle actor
+
+
+def test_an_idle_actor_ends_when_its_drivers_know_it(folder, new_driver):
+    driver = new_driver(keep_idle_s=0.2).hello(make_config(folder))
+    wait_for(lambda: driver.shell._closing, "the idle actor to close")
+    assert not driver.abandoned.wait(2 * shells.REPLY_LEAVES_S), "a call may be on its way"
+    late = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("echo", 1),), 0.001)
+    assert isinstance(driver.shell.run(late), Busy), "and is told to go elsewhere"
+    assert driver.health.state == "draining"
+    assert driver.abandoned.wait(60)
+
+
+def test_an_actor_with_work_is_not_idle(folder, new_driver, path, gate):
+    driver = new_driver(keep_idle_s=0.2).hello(make_config(folder))
+    held = driver.send(task("hold", path, gate))
+    wait_for(exists(path), "the body to run")
+    for _ in range(5):
+        held.collect(0.1)
+    assert not driver.shell._closing
+    open_gate(gate)
+    held.outcomes()
+    wait_for(lambda: driver.shell._closing, "the idle actor to close")
+
+
+def test_a_call_whose_reply_was_lost_is_forgotten(driver, path, gate):
+    lost = driver.send(task("hold", path, gate))
+    wait_for(exists(path), "the body to run")
+    driver.shell.forget(lost.call.id)
+    assert driver.value("echo", 2) == 2, "its body was interrupted"
+    assert not driver.shell._entries

@@ -270,6 +270,17 @@ def test_a_full_batch_leaves_at_once():
     assert found[3][0].tokens == ("t1", "t2", "t3", "t4")
 
 
+def test_a_batch_waits_for_company_also_behind_a_call():
+    clock = Clock(batches=batches(max_wait_s=0.05)).knows("tiny", TINY_S)
+    clock.wait("tiny")
+    began = clock.now
+    assert clock.wait("many") == [WakeAt(began + 0.05)], "not at once, although its run time is unknown"
+    clock.now += 0.001
+    clock.wait("many")
+    clock.now = began + 0.05
+    assert [len(each) for each in tokens(clock.do(Tick()))] == [2]
+
+
 def test_a_batch_without_a_wait_leaves_at_once():
     clock = Clock(batches=batches(max_wait_s=0.0))
     (call,) = clock.wait("many")
@@ -514,6 +525,7 @@ def test_an_actor_whose_answer_is_overdue_gets_nothing_until_it_comes():
         clock.now += 0.1
     assert places == {1}
     clock.do(ActorLost(1))
+    clock.do(ActorBusy(0, 0.0001))  # a reply without news: it is still busy with what should have ended long ago
     assert clock.wait(token="last") == []
     assert tokens(clock.finish("slow", run_s=2.0)) == [("last",)]
 
