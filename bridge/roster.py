@@ -24,6 +24,11 @@ class Roster:
         """An actor has given its account, or none, and `reason` says why; what that means to the scheduler."""
         row = health._asdict() if health is not None else {**self._rows.get(slot, {}), "slot": slot, "state": "lost"}
         self._rows[slot] = row | {"slot": slot, **({"reason": reason} if reason else {})}
+        if health is not None and health.state is ActorState.DRAINING:
+            if slot in self.ready:
+                logger.info("GPU actor %d is ending: %s", slot, health.reason)  # as planned: no alarm
+                self.ready.discard(slot)
+            return [ActorLost(slot)]
         if health is None or health.state is not ActorState.READY:
             return self.lose(slot, reason or (health.reason if health else "")) if slot in self.ready else []
         if slot not in self.ready:

@@ -1306,6 +1306,7 @@ def test_a_draining_actor_waits_until_large_outcomes_are_fetched(folder, new_dri
     while any(isinstance(answer, Pending) for answer in reply.answers):
         reply = driver.shell.collect(call, 0.1)
     driver.shell.drain()
+    assert driver.health.state is ActorState.DRAINING
     with driver.shell._lock:
         assert not driver.shell._is_over()
     driver.shell.fetch(one.token)
@@ -1321,6 +1322,7 @@ def test_a_draining_actor_finishes_what_it_has_and_takes_no_more(folder, new_dri
     assert not driver.abandoned.is_set()
     open_gate(gate)
     assert kinds(held.outcomes()) == ["succeeded", "succeeded"]
+    assert driver.health.state is ActorState.DRAINING  # it ends when its drivers know
     assert driver.abandoned.wait(30)
 
 
