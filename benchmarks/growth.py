@@ -46,7 +46,7 @@ class Growth(Benchmark):
         "small": (1000, 100, 1000),
         "middle": (5000, 200, 5000),
         "large": (20_000, 400, 100_000),
-        "warm_up": (5000, 100, 5000),
+        "warm_up": (40_000, 100, 40_000),  # the driver has its size after some 35,000 tasks, the worker after 10,000
     }
 
     def __init__(self) -> None:
