@@ -1,10 +1,14 @@
-"""Prints the README's table from the stored result: ``python -m benchmarks.readme``; a test keeps both in step."""
+"""Prints the README's tables from the stored results: ``python -m benchmarks.readme``; a test keeps both in step."""
 
 import json
 from pathlib import Path
 
-RESULT = Path(__file__).with_name("results") / "noop.json"
+RESULTS = Path(__file__).with_name("results")
+RESULT = RESULTS / "noop.json"
 HEAD = "| a task that does nothing | tasks/s | p50 ms | CPU ms | CPU to prefork | tasks/s to a blocking Ray call |"
+TARGETS_HEAD = "| benchmark | target | asked | measured | |"
+#: In the order the README shows them.
+NAMES = ("noop", "batching", "waiting", "mixed", "growth", "scaling", "warm")
 
 
 def table(result):
@@ -19,9 +23,27 @@ def table(result):
     return "\n".join(lines)
 
 
+def targets_table(results):
+    """The Markdown table of all targets of stored results by name; medians with extremes."""
+    lines = [TARGETS_HEAD, "|---|---|---|---|---|"]
+    for name, result in results.items():
+        for target in result["targets"]:
+            bound = f"{'≤' if target['at_most'] else '≥'} {target['limit']:g} {target['unit']}".rstrip()
+            chosen = " (chosen)" if target["chosen"] else ""
+            middle, low, high = (_number(value) for value in target["measured"])
+            verdict = target["verdict"] if target["verdict"] == "met" else f"**{target['verdict']}**"
+            lines.append(f"| `{name}` | {target['what']} | {bound}{chosen} | {middle} ({low}..{high}) | {verdict} |")
+    return "\n".join(lines)
+
+
+def stored():
+    """The stored results the README speaks of, by name."""
+    return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
+
+
 def _number(value):
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":
-    print(table(json.loads(RESULT.read_text())))
+    print(table(json.loads(RESULT.read_text())) + "\n\n" + targets_table(stored()))
