@@ -21,7 +21,8 @@ from bridge.marks import MAPS, find_marks, is_gpu
 from bridge.settings import settings
 from bridge.supervisor import GpuRequest
 
-#: Default for BRIDGE_GPU_SLOTS, per driver; a larger batch raises it to twice its size, or batches would never fill.
+#: Default for BRIDGE_GPU_SLOTS, per driver; a larger batch raises it to thrice its size: one runs, one fills, one is on
+#: its way to a result.
 DEFAULT_SLOTS = 32
 #: While draining, timers and acknowledgements are served at least this often, in seconds.
 DRAIN_EVERY_S = 0.5
@@ -40,7 +41,7 @@ class HybridPool(TaskPool):
         except StartupError as error:
             refuse(error)
         largest = max((mark.batch.max_size for mark in self.marks.values() if mark.batch), default=0)
-        self.gpu_slots = self.settings.gpu_slots or max(DEFAULT_SLOTS * self.settings.drivers, 2 * largest)
+        self.gpu_slots = self.settings.gpu_slots or max(DEFAULT_SLOTS * self.settings.drivers, 3 * largest)
         hostname = (self.options.get("initargs") or (None, "celery"))[1]
         self.gpu = Drivers(self.app, hostname, self.settings, self.marks)
         self._hub: Any = None

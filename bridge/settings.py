@@ -32,7 +32,7 @@ class Settings(BaseSettings):
         "auto", description="auto takes the GPU if it can be used, cuda refuses to start without one, cpu never looks"
     )
     gpu_slots: int | None = Field(
-        None, ge=1, description="GPU tasks one worker holds at once; default 32, or twice the largest batch"
+        None, ge=1, description="GPU tasks one worker holds at once; default 32, or thrice the largest batch"
     )
     max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
     gpu_memory_limit: str = Field(
