@@ -48,7 +48,7 @@ def test_the_banner_tells_what_a_person_needs(environment, tmp_path):
         f".> cluster:     {environment['BRIDGE_RAY_ADDRESS']} (Ray 2.60",
         "1 GPU",
         "*** NO GPU IS USED ***",
-        ".> slots:       32",
+        ".> slots:       48",
         ".> actor 0:     ready on",
         "shop.squares (batches of up to 16)",
     ):
