@@ -189,7 +189,7 @@ def test_inspect_tells_waiting_from_running_and_scheduled(worker, producer, send
     states = {key: value[0] for key, value in inspect().query_task([blocker.id, waiting.id, later.id])[NAME].items()}
     assert states == {blocker.id: "active", waiting.id: "reserved", later.id: "scheduled"}
     gpu = stats["pool"]["gpu"]
-    assert (gpu["in_flight"], gpu["running"], gpu["slots"]) == (2, 1, 32)
+    assert (gpu["in_flight"], gpu["running"], gpu["slots"]) == (2, 1, 48)
     producer.control.revoke(later.id)
     gate.touch()
     assert waiting.get(**GET) == 3
@@ -209,7 +209,7 @@ def test_inspect_gpu_from_the_command_line(worker, environment, hold, send):
     command = [sys.executable, "-m", "celery", "-A", "tests.apps.shop", "inspect", "gpu", "-d", NAME, "--json"]
     wait_for(lambda: '"running": "shop.progress"' in _said(command, environment), "a beat that has seen the body", 30)
     said = _said(command, environment)
-    for part in ('"state": "ready"', '"memory_total_bytes"', '"device"', '"executor_pid"', '"slots": 32'):
+    for part in ('"state": "ready"', '"memory_total_bytes"', '"device"', '"executor_pid"', '"slots": 48'):
         assert part in said
     gate.touch()
     assert blocker.get(**GET) == "done"
@@ -257,7 +257,7 @@ def test_pool_grow_and_shrink_are_about_children(worker, producer, send, inspect
 
     producer.control.pool_grow(2, destination=[NAME], reply=True, timeout=20)
     wait_for(lambda: children() == 3, "two more children")
-    assert inspect().stats()[NAME]["pool"]["gpu"]["slots"] == 32
+    assert inspect().stats()[NAME]["pool"]["gpu"]["slots"] == 48
     assert [result.get(**GET) for result in [send("add", 1, n) for n in range(9)]] == [1 + n for n in range(9)]
     producer.control.pool_shrink(2, destination=[NAME], reply=True, timeout=20)
     wait_for(lambda: children() == 1, "two children to end")
