@@ -46,7 +46,7 @@ class Call(NamedTuple):
     release: str
     tasks: tuple[TaskCall, ...]
     estimate_s: float
-    may_part: bool = False  # its tasks have nothing to do with each other: those behind a slow one may come back
+    may_part: bool = False  # short tasks that share no run of a body: behind an unexpectedly slow one they come back
 
 
 class FailureKind(StrEnum):
