@@ -183,8 +183,10 @@ class ActorShell:
         """End the executors at once."""
         with self._lock:
             self._closing = True
+            self._untold.clear()
             for child in self._children.values():
                 child.kill("the actor ends")
+            self._wake()
 
     # leases
 
@@ -302,7 +304,8 @@ class ActorShell:
 
     def _next_releases(self) -> list[str]:
         """Releases in the order they are needed: of waiting calls, then the one drivers said hello with last."""
-        return [*dict.fromkeys(entry.call.release for entry in self._queue), *([self._latest] if self._latest else [])]
+        latest = [self._latest] if self._latest and not self._closing else []  # an actor that ends warms nothing up
+        return [*dict.fromkeys(entry.call.release for entry in self._queue), *latest]
 
     def _first_release(self) -> str:
         return next(iter(self._next_releases()), "")

@@ -501,7 +501,8 @@ class Driver:
         finally:
             self.shell._lock.release()
         self.shell.close()
-        self.shell._thread.join(10)
+        self.shell._thread.join(30)
+        assert not self.shell._thread.is_alive(), "an actor that was closed has not ended"
         for child in children:
             child.process.wait(10)
 
