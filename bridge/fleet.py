@@ -394,7 +394,9 @@ def _state(handle: Any) -> str:
 def _when_done(ref: Any, callback: Callable[[Any, str], None]) -> None:
     """Call back with (value, "") or (None, what happened), on Ray's I/O thread."""
 
-    def completed(value: Any) -> None:
+    # `held`: nobody else holds the reference. Ray looks up the owner of a value too large to come inline, and ends the
+    # whole process when the last reference is gone by then.
+    def completed(value: Any, held: Any = ref) -> None:
         if isinstance(value, BaseException):
             callback(None, as_text(value.as_instanceof_cause() if hasattr(value, "as_instanceof_cause") else value))
         else:

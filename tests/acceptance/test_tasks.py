@@ -190,6 +190,15 @@ def test_large_results_among_small_ones_of_the_same_call(worker, send, tmp_path)
         assert [result.get(**GET) for result in naps] == [0.03] * 5
 
 
+def test_small_results_that_fill_large_replies(worker, send, gpu_stats):
+    """Each comes inline, but replies of many are too large for Ray to do the same: they go through its object store."""
+    before = gpu_stats()["driver"]
+    for _ in range(8):
+        results = [send("big", "x", 40_000) for _ in range(60)]
+        assert all(result.get(**GET) == "x" * 40_000 for result in results)
+    assert gpu_stats()["driver"] == before, "the driver died"
+
+
 def test_a_resident_is_loaded_before_the_first_task(worker, send):
     assert send("looks_up", 3).get(**GET) == 3
 
