@@ -110,6 +110,7 @@ class Driver:
         self._tracing = Tracing(app, self._answer)
         self._results = GroupedResults(self._tracing)
         self._results.adopt(app.tasks[name] for name in self._marks)
+        self._results.warm_up()
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
