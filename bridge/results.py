@@ -92,7 +92,7 @@ class GroupedResults:
                 backend._store_result = self._grouped(backend, backend._store_result)
 
     def warm_up(self) -> None:
-        """Connect, and give Redis the script, so that the first task need not; in the background, as it may not answer."""
+        """Connect, and give Redis the script in the background, as it may not answer: the first task need not."""
         Thread(target=self._connect, name="results", daemon=True).start()
 
     def _connect(self) -> None:

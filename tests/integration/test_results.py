@@ -102,8 +102,9 @@ def meta(client, task_id):
 
 def test_redis_knows_the_script_before_the_first_result(server, turns):
     server.client.script_flush()
-    turns.grouped.warm_up()
-    wait_for(lambda: server.client.script_exists(turns.grouped._script.sha) == [True], "the script")
+    grouped = turns().grouped
+    grouped.warm_up()
+    wait_for(lambda: server.client.script_exists(grouped._script.sha) == [True], "the script")
 
 
 def test_a_redis_that_is_away_at_warm_up_is_no_error(server):
