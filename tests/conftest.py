@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.services import RayCluster, RedisServer, Worker
+from tests.support.services import RayCluster, RedisServer, Worker, inspected
 
 TIERS = ("unit", "integration", "acceptance", "gpu")
 NAMESPACE = "tests"
@@ -94,7 +94,6 @@ def gpu_stats(producer, worker):
     name = f"shop@{socket.gethostname()}"
 
     def read():
-        stats = producer.control.inspect(destination=[name], timeout=20.0).stats()
-        return stats[name]["pool"]["gpu"]
+        return inspected(producer, name, "stats")["pool"]["gpu"]
 
     return read

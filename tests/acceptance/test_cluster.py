@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.acceptance.test_startup import run, the_line
-from tests.support.services import ROOT, RayCluster, Worker, wait_for
+from tests.support.services import ROOT, RayCluster, Worker, inspected, wait_for
 
 GET = {"timeout": 60}
 
@@ -50,7 +50,7 @@ def test_a_producer_in_another_process_that_imports_nothing_of_the_bridge(worker
 def test_two_workers_share_one_set_of_actors(worker, environment, producer, send, tmp_path):
     second = Worker(tmp_path, "-c", "1", "-n", "second@%h", env=environment)
     names = [f"shop@{socket.gethostname()}", f"second@{socket.gethostname()}"]
-    stats = producer.control.inspect(destination=names, timeout=20).stats()
+    stats = {name: inspected(producer, name, "stats") for name in names}
     actors = [stats[name]["pool"]["gpu"]["actors"] for name in names]
     assert [len(each) for each in actors] == [1, 1]
     assert actors[0][0]["executor_pid"] == actors[1][0]["executor_pid"]
@@ -80,7 +80,7 @@ def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, t
     control = producer.control
 
     def actors():
-        return control.inspect(destination=[name], timeout=20)._request("gpu")[name]["actors"]
+        return inspected(producer, name, "gpu")["actors"]
 
     wait_for(lambda: [actor["state"] for actor in actors()] == ["ready"] * 2, "both actors")
     before = {actor["slot"]: actor["pid"] for actor in actors()}

@@ -29,6 +29,12 @@ def wait_for(condition, what, timeout_s=PATIENCE_S, every_s=0.05):
         time.sleep(every_s)
 
 
+def inspected(app, name, what):
+    """What a worker answers to `inspect what`. It is asked again: one that says "ready" may not listen on Redis yet."""
+    inspect = app.control.inspect(destination=[name], timeout=5)
+    return wait_for(lambda: inspect._request(what) or {}, f"{name} to answer", every_s=0)[name]
+
+
 class Process:
     """A server or command under test; its output goes to a file."""
 
