@@ -51,3 +51,8 @@ def some_die(paths: list[str]) -> list[str]:
 
 app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.early", gpu=True)
 app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.late", gpu=True, acks_late=True)
+
+
+@app.task(name="lossy.cpu")
+def cpu(value):
+    return value

@@ -29,6 +29,15 @@ def wait_for(condition, what, timeout_s=PATIENCE_S, every_s=0.05):
         time.sleep(every_s)
 
 
+def keep_token(home, token):
+    """Put a token where Ray looks for it: `ray start` then asks for it, and bridge drivers show it; the file."""
+    path = Path(home) / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.touch(mode=0o600)
+    path.write_text(token)
+    return path
+
+
 class Process:
     """A server or command under test; its output goes to a file."""
 
@@ -133,7 +142,7 @@ class RayNode(Process):
             "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4", "--include-log-monitor=false",
             "--object-store-memory=100000000", *options,
         ]  # fmt: skip
-        env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+        env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_AUTH_MODE": "token"}
         super().__init__(command, Path(folder) / "node.log", env=env)
         self.says("Ray runtime started")
 
