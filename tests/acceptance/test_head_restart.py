@@ -78,7 +78,7 @@ def test_a_head_that_remembers_costs_nothing(start, producer, tmp_path):
         assert after["driver"] == before["driver"], "no driver was lost"
         assert after["actors"][0]["executor_pid"] == before["actors"][0]["executor_pid"], "nor any warm executor"
         os.kill(after["actors"][0]["pid"], 9)  # what the head knows it can use: it starts the actor again
-        third = site.send("early", "third")
+        third = site.send("late", "third")
         site.release("third")
         assert third.get(**GET) == "done"
     finally:

@@ -29,7 +29,7 @@ def dies(path):
 
 def holds(path, gate):
     """Run until the test opens the gate."""
-    note(path, "run")
+    note(path, f"run {os.getpid()}")
     while not Path(gate).exists():
         time.sleep(0.01)
     return "done"

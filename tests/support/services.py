@@ -96,16 +96,17 @@ class Process:
 class RedisServer(Process):
     """A Redis of its own on loopback."""
 
-    def __init__(self, folder, password="", port=None):
+    def __init__(self, folder, password="", port=None, options=(), wait=True):
         self.port = port or free_port()
         self.password = password
-        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""']
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', *options]
         if password:
             lines.append(f"requirepass {password}")
         super().__init__([redis_binary(), "-"], Path(folder) / "redis.log", stdin="\n".join(lines) + "\n")
         self.url = f"redis://{':' + password + '@' if password else ''}127.0.0.1:{self.port}/0"
         self.client = redis.Redis.from_url(self.url)
-        wait_for(self.answers, "Redis to answer")
+        if wait:
+            wait_for(self.answers, "Redis to answer")
 
     def answers(self):
         try:
