@@ -4,14 +4,16 @@ import logging
 import signal
 import socket
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
 
-from bridge.auth import TOKEN_FILE, use_token
+from bridge.auth import TOKEN_FILE, exposed, use_token
 from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError
 from bridge.places import nodes
+
+logger = logging.getLogger(__name__)
 
 #: The head's port is probed with this deadline, in seconds.
 PROBE_S = 1.0
@@ -60,7 +62,20 @@ def connect(address: str, namespace: str) -> Connected:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray installs a handler of its own
+    _warn(address, token)
     return look(address)
+
+
+def _warn(address: str, token: str) -> None:
+    """What lets others in; not an error, because a secret mounted by Kubernetes is readable to all of its container."""
+    if exposed(token):
+        logger.warning("other users of this machine can read Ray's token: chmod 600 %s", token)
+    if not token:
+        logger.warning(
+            "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on its nodes. Before "
+            "`ray start`: ray get-auth-token --generate && chmod 600 %s",
+            address, TOKEN_FILE,
+        )  # fmt: skip
 
 
 def _connect_error(error: Exception, address: str, token: str) -> StartupError:
@@ -95,6 +110,20 @@ def answers(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def identity(address: str) -> str | None:
+    """Which cluster the head at host:port is of, asked anew; None if it does not say.
+
+    A head without persistence is another one each time it starts, and Ray ends a process that takes it for the old one.
+    """
+    from ray import _raylet  # Ray has no public way to ask
+
+    client: Any = _raylet
+    try:
+        return str(client.GcsClient(address=address).cluster_id.hex())
+    except Exception:
+        return None
 
 
 def look(address: str) -> Connected:

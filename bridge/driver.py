@@ -49,6 +49,7 @@ from bridge.errors import (
     StartupError,
     TaskPoisoned,
 )
+from bridge.head import outlast
 from bridge.lines import TaskRule
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
@@ -132,6 +133,7 @@ class Driver:
         self._rules = {name: rule_of(mark) for name, mark in self._marks.items()}
         self._scheduler = Scheduler(rules, self._rules)
         use_token()
+        outlast(s.head_wait_s)
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
         namespace = s.namespace or f"bridge-{app.main or 'app'}"
@@ -277,9 +279,13 @@ class Driver:
             if now - stranded.since >= longest:
                 self._cancel_quietly(stranded.token)
                 self._refuse(task, self._no_actor(stranded.name))
-            elif self._roster.ready and now - stranded.since > GROW_AFTER_S and stranded.name not in self._warned:
+            elif self._is_in_vain(stranded.name, now - stranded.since):
                 self._warned.add(stranded.name)
                 logger.warning("%s waits up to %g s: %s", stranded.name, longest, self._no_actor(stranded.name))
+
+    def _is_in_vain(self, name: str, waited_s: float) -> bool:
+        """Whether it is to be said that no actor suits; one that has become ready in this very turn may."""
+        return bool(self._roster.ready) and not self._events and waited_s > GROW_AFTER_S and name not in self._warned
 
     def _no_actor(self, name: str) -> BridgeError:
         """Why a task cannot run anywhere now."""

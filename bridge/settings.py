@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     cluster_wait_s: float = Field(
         300.0, gt=0, description="tasks wait this long for a cluster that is gone, then fail as ClusterUnavailable"
     )
+    head_wait_s: float = Field(
+        50.0, gt=0, description="drivers go on this long without Ray's head; Ray ends its nodes' processes after 60 s"
+    )
     grace_s: float = Field(5.0, gt=0, description="a cancelled body that goes on is ended with its executor after this")
     keep_warm_s: float = Field(300.0, gt=0, description="actors outlive the last worker by this")
     lease_s: float = Field(10.0, gt=0, description="queued tasks of a driver not heard of for this long are dropped")

@@ -1,0 +1,24 @@
+"""Limits, leases and pauses count by the monotonic clock; the wall clock, which jumps, is asked in two places only."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+#: File -> what it asks the wall clock for.
+ALLOWED = {
+    "bridge/redis_channel.py": "the score of an unacknowledged message, as kombu writes it",
+    "bridge/consumer.py": "whether `expires`, a date the producer has written, has passed",
+}
+WALL = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today")}
+
+
+def asks_the_wall_clock(file):
+    calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    names = [(f.value.id, f.attr) for f in calls if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)]
+    return any(name in WALL for name in names)
+
+
+def test_only_dates_of_others_are_compared_with_the_wall_clock():
+    files = [file for folder in ("bridge", "actors") for file in (ROOT / folder).glob("*.py")]
+    found = {str(file.relative_to(ROOT)) for file in files if asks_the_wall_clock(file)}
+    assert found == set(ALLOWED)
