@@ -20,6 +20,8 @@ from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
 from redis.exceptions import NoScriptError, ResponseError
 
+from bridge.visibility import RENEW, RenewingPoller, RenewingQoS
+
 logger = logging.getLogger(__name__)
 
 #: One script takes at most this many messages, and no further one when it has this many bytes.
@@ -97,7 +99,7 @@ return taken
 """
 
 
-class GroupedQoS(stock.QoS):
+class GroupedQoS(RenewingQoS):
     """Which messages are unacknowledged; of one that was taken and not delivered yet, None stands for the message."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +118,7 @@ class GroupedQoS(stock.QoS):
         else:  # in the order of their arrival, in which kombu gives them back
             virtual.QoS.append(self, message, delivery_tag)
             self.channel.keep(*answer)
+        self.has_noted(delivery_tag)
 
     def is_only_taken(self, delivery_tag: Any) -> bool:
         """Whether a message was taken and is not delivered yet."""
@@ -124,6 +127,7 @@ class GroupedQoS(stock.QoS):
     def add_taken(self, delivery_tag: Any) -> None:
         """Count a message from now on; closing the channel gives it back."""
         self._delivered[delivery_tag] = None
+        self.has_noted(delivery_tag)
 
     def forget_taken(self, delivery_tag: Any) -> None:
         """It has gone another way."""
@@ -219,6 +223,7 @@ class GroupedChannel:
         self._without_ack: set[str] = set()  # queues
         super().__init__(*args, **kwargs)
         self._take = redis.Redis().register_script(_TAKE)
+        self.renew_script = redis.Redis().register_script(RENEW)
 
     @property
     def plain_client(self) -> Any:
@@ -358,7 +363,7 @@ class GroupedChannel:
             qos.forget_taken(tag)
 
 
-class GroupedPoller(stock.MultiChannelPoller):
+class GroupedPoller(RenewingPoller):
     """Sends the acknowledgements of a turn of the event loop before it waits again."""
 
     def on_poll_start(self) -> None:
