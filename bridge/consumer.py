@@ -101,6 +101,7 @@ class HybridConsumer:
         self._in_hand: set[Any] = set()  # requests with a slot
         self._look_due = math.inf  # when expired ones are looked for
         self._is_cautioned = False
+        self._dropped: set[str] = set()  # ids of tasks that have just turned out to be another worker's
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
@@ -197,12 +198,19 @@ class HybridConsumer:
         transport = self.connection.transport
         if isinstance(getattr(transport, "cycle", None), visibility.RenewingPoller):
             transport.cycle.start_renewing(self.timer, self._lost)
+            self.pool.is_lost = functools.partial(self._is_lost, transport.cycle)
         if not self._is_cautioned:
             self._is_cautioned = True
             timeout_s = getattr(self.task_consumer.channel, "visibility_timeout", math.inf)
             limits_s = [task.time_limit or 0 for name in self.pool.marks if (task := self.app.tasks[name]).acks_late]
             for text in visibility.cautions(self.app, transport.driver_type, timeout_s, limits_s):
                 logger.warning("%s", text)
+
+    def _is_lost(self, cycle: visibility.RenewingPoller, task_id: str) -> bool:
+        """Whether a task that is about to start turns out to be another worker's."""
+        self._dropped.clear()
+        cycle.renew_if_overdue()
+        return task_id in self._dropped
 
     def _lost(self, tags: list[Any]) -> None:
         """Others hold these messages: what has not started here is dropped, what runs goes on and ends twice."""
@@ -217,6 +225,8 @@ class HybridConsumer:
                 request.type, request.id, "it goes on here and may end twice" if runs else "it is dropped here",
             )  # fmt: skip
             if not runs:
+                self._dropped.add(request.id)
+                task_ready(request)
                 request.execute_using_pool = functools.partial(_drop, request)
                 if request in self._waiting:
                     self.pool.gpu.withdraw(self._waiting[request], functools.partial(self._start, request))

@@ -6,8 +6,10 @@ is not delivered a second time while it runs, and a short time-out brings back s
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from kombu.transport import redis as stock
@@ -92,6 +94,13 @@ class RenewingQoS(stock.QoS):
         texts = {each.decode() for each in lost}
         return [tag for tag in tags if str(tag) in texts]
 
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        """At the end all that is held goes back to its queue, but nothing that is somebody else's by now."""
+        if self._delivered and time.monotonic() - self._renewed_at >= self.renew_every_s:
+            with suppress(Exception):  # without a connection nothing can be given back either
+                self.renew()
+        super().restore_unacked_once(stderr)
+
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Give back what dead workers hold; own messages first, should this worker have slept."""
         if time.monotonic() - self._renewed_at >= self.renew_every_s:
@@ -111,6 +120,8 @@ class RenewingPoller(stock.MultiChannelPoller):
     def __init__(self) -> None:
         super().__init__()
         self.on_lost = log_lost
+        self._overdue_at = math.inf
+        self._every_s = math.inf
 
     def start_renewing(self, timer: Any, on_lost: Callable[[list[Any]], None]) -> None:
         """Renew on the worker's timer until the connection is closed.
@@ -120,12 +131,19 @@ class RenewingPoller(stock.MultiChannelPoller):
             on_lost: called with the delivery tags that are somebody else's by now.
         """
         self.on_lost = on_lost
-        every_s = min((qos.renew_every_s for qos in self._renewing()), default=None)
-        if every_s is not None:
-            entry = timer.call_repeatedly(every_s, lambda: self._tick() or entry.cancel())
+        self._every_s = min((qos.renew_every_s for qos in self._renewing()), default=math.inf)
+        if self._every_s < math.inf:
+            entry = timer.call_repeatedly(self._every_s, lambda: self._tick() or entry.cancel())
+            self._tick()
+
+    def renew_if_overdue(self) -> None:
+        """Before a task starts: should this worker have slept, others may have what it holds."""
+        if time.monotonic() >= self._overdue_at:
+            self._tick()
 
     def _tick(self) -> bool:
         """Renew, then look for what dead workers held; False when the connection is closed."""
+        self._overdue_at = time.monotonic() + 2 * self._every_s
         for channel in list(self._channels):
             if isinstance(channel._qos, RenewingQoS):
                 try:
