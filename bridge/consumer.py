@@ -24,7 +24,8 @@ from celery.worker.state import (
     task_ready,
 )
 
-from bridge import visibility
+from bridge import intake, visibility
+from bridge.errors import MessageInvalid, PayloadTooLarge
 from bridge.redis_channel import ask_in_groups
 from bridge.supervisor import GpuRequest
 
@@ -111,6 +112,27 @@ class HybridConsumer:
             ask_in_groups(connection)
         return self.ensure_connected(connection)  # type: ignore[attr-defined]
 
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's message handler behind ours, which lets no message end the worker."""
+        handler = super().create_task_handler(*args, **kwargs)  # type: ignore[misc]
+        if not self.pool.marks:
+            return handler
+        intake.limit_decompression(self.pool.settings.max_body_bytes)
+        intake.shorten_logs()
+        return intake.guarded(self, handler, self.pool.settings.max_body_bytes)
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """A body that cannot be decompressed or decoded."""
+        if isinstance(exc, intake.TooMuch):
+            limit = self.pool.settings.max_body_bytes
+            intake.refuse(self, message, PayloadTooLarge(str(message.headers.get("task", "")), limit))
+        else:
+            super().on_decode_error(message, exc)  # type: ignore[misc]
+
+    def holds(self, message: Any) -> bool:
+        """Whether a request of this message waits or runs here."""
+        return any(each.message is message for each in (*reserved_requests, *scheduled_requests, *self._held))
+
     def _route(self, request: Any) -> None:
         if not self.pool.is_gpu(request):
             self._on_cpu_request(request)
@@ -124,9 +146,11 @@ class HybridConsumer:
             handle: GpuRequest = request.execute_using_pool(self.pool)
         except TaskRevokedError:
             self._end(request)
-        except Exception:
+        except Exception as error:  # it cannot be sent to the driver: its headers hold what cannot be pickled
             self._end(request)
-            raise
+            task_ready(request)
+            refused = MessageInvalid(f"{request.type}: its message cannot be passed on ({type(error).__name__})")
+            intake.refuse(self, request.message, refused)
         else:
             handle.on_accepted = lambda: self._accepted(request)
             handle.on_end = lambda: self._end(request)

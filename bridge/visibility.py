@@ -73,7 +73,7 @@ class RenewingQoS(stock.QoS):
         lost: list[Any] = []
         for start in range(0, len(held), MOST_TAGS):
             lost += self._ask(now, held[start : start + MOST_TAGS], noted)
-        self._noted = {tag: now for tag in held}
+        self._noted = dict.fromkeys(held, now)
         lost = [tag for tag in lost if tag not in self._dirty and self._delivered.get(tag) is not None]
         for tag in lost:
             virtual.QoS.ack(self, tag)  # not in Redis, where it is somebody else's
@@ -133,8 +133,8 @@ class RenewingPoller(stock.MultiChannelPoller):
         self.on_lost = on_lost
         self._every_s = min((qos.renew_every_s for qos in self._renewing()), default=math.inf)
         if self._every_s < math.inf:
-            entry = timer.call_repeatedly(self._every_s, lambda: self._tick() or entry.cancel())
             self._tick()
+            entry: Any = timer.call_repeatedly(self._every_s, lambda: self._tick() or entry.cancel())
 
     def renew_if_overdue(self) -> None:
         """Before a task starts: should this worker have slept, others may have what it holds."""
@@ -175,7 +175,7 @@ def cautions(app: Any, driver_type: str, visibility_timeout_s: float, limits_s: 
     if driver_type == "amqp":
         if max(limits_s, default=0) > RABBITMQ_TIMEOUT_S:
             return [
-                f"GPU tasks may run for longer than {RABBITMQ_TIMEOUT_S} s, RabbitMQ's consumer_timeout unless it is set: "
+                f"GPU tasks may run for longer than {RABBITMQ_TIMEOUT_S} s, RabbitMQ's usual consumer_timeout: "
                 "with acks_late it then closes the connection and delivers them again; raise it on the server"
             ]
         return []
@@ -183,8 +183,8 @@ def cautions(app: Any, driver_type: str, visibility_timeout_s: float, limits_s: 
     found = []
     if visibility_timeout_s < SHORTEST_S:
         found.append(
-            f"visibility_timeout is {visibility_timeout_s:g} s: a worker that is busy for as long loses its messages to "
-            f"others while it works on them; set {SHORTEST_S:g} s or more"
+            f"visibility_timeout is {visibility_timeout_s:g} s: a worker whose event loop is busy for so long loses "
+            f"its messages to others; set {SHORTEST_S:g} s or more"
         )
     if soft_s > visibility_timeout_s * (TIMES_PER_TIMEOUT - 1) / TIMES_PER_TIMEOUT:
         found.append(
