@@ -5,10 +5,12 @@ Everything not about GPU tasks is Celery's own code, untouched. Never imports ra
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from celery import signals
 from celery.concurrency.prefork import TaskPool, _run_ready_callbacks
+from celery.exceptions import TaskRevokedError
 from kombu.asynchronous import get_event_loop, set_event_loop
 from kombu.utils.imports import symbol_by_name
 
@@ -45,6 +47,7 @@ class HybridPool(TaskPool):
         hostname = (self.options.get("initargs") or (None, "celery"))[1]
         self.gpu = Drivers(self.app, hostname, self.settings, self.marks)
         self._hub: Any = None
+        self.is_lost: Callable[[str], bool] = lambda _: False  # on Redis: whether a task is another worker's by now
 
     # ---- start and stop
 
@@ -124,6 +127,8 @@ class HybridPool(TaskPool):
 
     def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send a marked task to the driver and any other to a child."""
+        if args and self.is_lost(args[1]):
+            raise TaskRevokedError(args[1])  # Celery's way out of a start
         if not args or not is_gpu(self.marks, args[0], args[2].get("args"), args[2].get("kwargs")):
             return super().apply_async(target, args, kwargs, **options)
         name, task_id, request, body, content_type, content_encoding = args

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
     calls_outstanding: int = Field(2, ge=1, le=4, description="calls per driver and actor not answered yet, at most")
 
     # sizes
+    max_body_bytes: int = Field(
+        64 << 20,
+        ge=1024,
+        description="messages with a larger body, as it is or decompressed, are refused before they are decoded",
+    )
     inline_limit_bytes: int = Field(65_536, ge=1, description="larger payloads and values travel on their own")
     queued_tasks: int = Field(4096, ge=1, description="an actor with this many waiting tasks refuses calls as busy")
     log_limit_bytes: int = Field(
