@@ -139,7 +139,7 @@ def test_broker_actor_and_cluster_gone(environment, services, tmp_path):
         again = RedisServer(tmp_path, password="hidden", port=redis.port)
         try:
             wait_for(lambda: worker.probes() == (0, 0), "the worker to come back to its broker")
-            ray.kill_group()
+            ray.stop()
             wait_for(lambda: worker.probes() == (0, 1), "the cluster to be missed")
             assert "driver" in why(worker.account()) or "actor" in why(worker.account())
             worker.kill_group()
