@@ -74,7 +74,7 @@ def _odd_marks(tasks: list[Any], found: dict[str, Mark], settings: Settings) -> 
             )
         if kept:
             yield warn(
-                "marks", f"{_names(kept)}: gpu=False in the code and {pattern!r} in BRIDGE_GPU_TASKS; it stays on the CPU",
+                "marks", f"{_names(kept)}: gpu=False in the code, {pattern!r} in BRIDGE_GPU_TASKS; it stays on the CPU",
                 "take one of both away",
             )  # fmt: skip
     unmarked = [task.name for task in tasks if task.name not in found and batch_of(innermost(task))]
@@ -83,7 +83,7 @@ def _odd_marks(tasks: list[Any], found: dict[str, Mark], settings: Settings) -> 
     for name, mark in found.items():
         if mark.batch and settings.gpu_slots and mark.batch.max_size > settings.gpu_slots:
             yield warn(
-                "marks", f"{name}: batches of {mark.batch.max_size} never fill with BRIDGE_GPU_SLOTS={settings.gpu_slots}",
+                "marks", f"{name}: BRIDGE_GPU_SLOTS={settings.gpu_slots}: batches of {mark.batch.max_size} never fill",
                 "raise BRIDGE_GPU_SLOTS to thrice the batch, or leave it out",
             )  # fmt: skip
     shares = {mark.gpu.share for mark in found.values()}
@@ -105,7 +105,7 @@ def limits(app: Any, found: dict[str, Mark]) -> Iterator[Finding]:
         yield fail(
             "limits", f"{_names(too_long)}: the time limit is not below Redis' visibility time-out of {visible_s:g} s: "
             "a task that takes so long runs twice",
-            "raise broker_transport_options['visibility_timeout'] above the longest wait in a worker plus the longest run",
+            "raise visibility_timeout in broker_transport_options above the longest wait in a worker plus the longest run",
         )  # fmt: skip
     if unlimited:
         text = f"{_names(unlimited)}: no time limit: a body that hangs keeps its GPU for ever"
@@ -134,8 +134,8 @@ def acknowledgement(app: Any, found: dict[str, Mark]) -> Iterator[Finding]:
         yield warn("prefetch", "worker_prefetch_multiplier = 0: a worker takes all there is", "set it to 1")
     elif prefetch > 1:
         yield warn(
-            "prefetch", f"worker_prefetch_multiplier = {prefetch}: what one worker holds for its CPU children, an idle one "
-            "cannot take", "set worker_prefetch_multiplier = 1",
+            "prefetch", f"worker_prefetch_multiplier = {prefetch}: an idle worker cannot take what another holds for its "
+            "CPU children", "set worker_prefetch_multiplier = 1",
         )  # fmt: skip
     else:
         yield ok("prefetch", "one CPU task per child is held; GPU tasks are bounded by BRIDGE_GPU_SLOTS")

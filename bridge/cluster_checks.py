@@ -15,7 +15,7 @@ from typing import Any
 from actors.contract import ActorState, Config
 from actors.trial import Trial
 from bridge.auth import TOKEN_FILE, use_token
-from bridge.errors import StartupError
+from bridge.errors import ClusterNotFound, StartupError
 from bridge.findings import Finding, fail, ok, warn
 from bridge.marks import MAPS, Mark
 from bridge.places import needs, places
@@ -76,7 +76,7 @@ def _find(settings: Settings) -> str:
     Raises:
         ClusterNotFound: nothing does within BRIDGE_CONNECT_WAIT_S.
     """
-    from bridge.cluster import ClusterNotFound, answers, find_cluster
+    from bridge.cluster import answers, find_cluster
 
     address, deadline = find_cluster(settings.ray_address), time.monotonic() + settings.connect_wait_s
     while not answers(address):
@@ -87,7 +87,7 @@ def _find(settings: Settings) -> str:
 
 
 def _do(error: StartupError) -> str:
-    if "no Ray cluster" in str(error) or type(error).__name__ == "ClusterNotFound":
+    if isinstance(error, ClusterNotFound):
         return "start it with `ray start --head --port=6380`, or set BRIDGE_RAY_ADDRESS=host:port"
     return "docs/bring-up.md tells under 'When it does not start'"
 
@@ -159,11 +159,8 @@ def _held(namespace: str, config: Config) -> Iterator[Finding]:
     others = sorted({each.namespace for each in held} - {namespace})
     if not mine:
         whose = f"actors of namespace {', '.join(others)}" if others else "something that is no actor of the bridge"
-        yield warn(
-            about,
-            f"not tried: all GPUs are held by {whose}",
-            "`ray status`; give apps one BRIDGE_NAMESPACE to share GPUs",
-        )
+        do = "`ray status` shows them; give apps one BRIDGE_NAMESPACE to share GPUs"
+        yield warn(about, f"not tried: all GPUs are held by {whose}", do)
         return
     for each in mine:
         health = each.health
