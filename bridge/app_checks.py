@@ -105,7 +105,7 @@ def limits(app: Any, found: dict[str, Mark]) -> Iterator[Finding]:
         yield fail(
             "limits", f"{_names(too_long)}: the time limit is not below Redis' visibility time-out of {visible_s:g} s: "
             "a task that takes so long runs twice",
-            "raise visibility_timeout in broker_transport_options above the longest wait in a worker plus the longest run",
+            "raise visibility_timeout (broker_transport_options) above the longest wait plus the longest run",
         )  # fmt: skip
     if unlimited:
         text = f"{_names(unlimited)}: no time limit: a body that hangs keeps its GPU for ever"
@@ -134,8 +134,8 @@ def acknowledgement(app: Any, found: dict[str, Mark]) -> Iterator[Finding]:
         yield warn("prefetch", "worker_prefetch_multiplier = 0: a worker takes all there is", "set it to 1")
     elif prefetch > 1:
         yield warn(
-            "prefetch", f"worker_prefetch_multiplier = {prefetch}: an idle worker cannot take what another holds for its "
-            "CPU children", "set worker_prefetch_multiplier = 1",
+            "prefetch", f"worker_prefetch_multiplier = {prefetch}: an idle worker cannot take what others hold for "
+            "their CPU children", "set worker_prefetch_multiplier = 1",
         )  # fmt: skip
     else:
         yield ok("prefetch", "one CPU task per child is held; GPU tasks are bounded by BRIDGE_GPU_SLOTS")
