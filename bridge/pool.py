@@ -89,6 +89,7 @@ class HybridPool(TaskPool):
 
     def on_stop(self) -> None:
         """Warm shutdown: finish what runs, on CPU and GPU, acknowledging each task as it ends; give back what waits."""
+        self.vitals.stops()
         if self._hub is not None and get_event_loop() is None:
             set_event_loop(self._hub)  # Celery forgets it after a reconnect; late acks would wait for the whole drain
         if self.gpu.can_drain:
@@ -103,6 +104,7 @@ class HybridPool(TaskPool):
 
     def on_terminate(self) -> None:
         """Cold shutdown: end children and driver at once; actors stay warm."""
+        self.vitals.stops()
         self.gpu.kill()
         super().on_terminate()
         self.vitals.close()

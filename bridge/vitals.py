@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: The main thread pulses at least this often while it is well, in seconds.
 PULSE_S = 1.0
+#: The kernel gives up a connection that nobody answers after about 130 s; meanwhile the main thread does not turn.
+CONNECT_S = 150.0
 #: What an account tells of an actor, of what its report holds.
 _ACTOR = (
     "slot", "node", "device", "state", "reason", "generation", "crashes", "failed_starts", "queued", "running", "pid",
@@ -37,6 +39,7 @@ class Vitals:
         self._server = HealthServer(self.account)
         self._began = self._pulsed_at = time.monotonic()
         self._waits_for = "starting its processes"
+        self._stops = False
         self._channel: Any = None  # tasks are consumed from it; None without a connection
         self._count_waiting: Callable[[], int] = lambda: 0
         self._asked_at: float | None = None  # a question to the broker that has no answer yet
@@ -81,6 +84,10 @@ class Vitals:
         """Nothing is consumed."""
         self._channel = None
         self.pulse()
+
+    def stops(self) -> None:
+        """The pool ends; `control shutdown` says so nowhere else."""
+        self._stops = True
 
     def connecting(self, connection: Any) -> None:
         """Pulse while this connection is made, however often that fails: kombu tries again without the loop."""
@@ -135,15 +142,15 @@ class Vitals:
         }
 
     def _judge(self) -> Verdict:
-        now, settings, gpu = time.monotonic(), self._pool.settings, self._gpu
-        stops = (worker_state.should_stop, worker_state.should_terminate)
+        now, settings, gpu, consumes = time.monotonic(), self._pool.settings, self._gpu, self._channel is not None
+        told = (worker_state.should_stop, worker_state.should_terminate)
         return judge(
             Facts(
                 waits_for=self._waits_for,
-                stops=any(each is not None and each is not False for each in stops),
+                stops=self._stops or any(each is not None and each is not False for each in told),
                 loop_s=now - self._pulsed_at,
-                loop_limit_s=settings.hung_after_s,
-                consumes=self._channel is not None,
+                loop_limit_s=settings.hung_after_s + (0.0 if consumes else CONNECT_S),
+                consumes=consumes,
                 broker_s=now - self._asked_at if self._asked_at is not None else 0.0,
                 drivers=tuple(DriverFacts(pid, at if at is None else now - at) for pid, at in self._drivers),
                 has_cluster=bool(gpu.get("cluster")),
