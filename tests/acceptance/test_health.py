@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 
 from bridge.standalone import free_port
+from tests.acceptance.test_doctor import doctor, text_of
 from tests.support.services import ROOT, RayCluster, RedisServer, Worker, wait_for
 
 GET = {"timeout": 60}
@@ -84,6 +85,20 @@ def test_busy_hung_and_ending(environment, redis_server, producer, tmp_path):
         assert account["actors"][0]["state"] == "ready" and account["actors"][0]["generation"] >= 1
         assert [worker.http(path)[0] for path in ("/livez", "/readyz", "/metrics")] == [200, 200, 404]
         assert worker.health("--worker", "another@host")[0] == 2
+
+        # the doctor looks at a cluster whose GPU is held by that actor
+        code, found, output = doctor("-A", "tests.apps.shop:app", env=environment)
+        assert code == 0 and "not tried: warm actor gpu-0-v" in text_of(found, "OK", "app on a GPU node"), output
+        now = worker.account()["actors"][0]
+        assert (now["running"], now["generation"]) == ("shop.progress", account["actors"][0]["generation"])
+
+        # its driver is stuck: that is said, and nobody waits for it
+        (driver,) = worker.account()["drivers"]
+        os.kill(driver["pid"], signal.SIGSTOP)
+        wait_for(lambda: worker.account()["drivers"][0]["heard_s"] > 3, "the driver's silence to be seen")
+        assert worker.health("--live")[0] == 0
+        os.kill(driver["pid"], signal.SIGCONT)
+        wait_for(lambda: worker.account()["drivers"][0]["heard_s"] < 3, "the driver to be heard again")
 
         # hung: its main process does not run at all
         worker.signal(signal.SIGSTOP)
