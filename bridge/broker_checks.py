@@ -9,6 +9,7 @@ from redis.exceptions import RedisError
 
 from bridge.errors import as_text
 from bridge.findings import Finding, fail, ok, warn
+from bridge.readiness import clean
 from bridge.worker import advice_on, ping_backend, ping_broker
 
 #: The tests run with this Redis and newer ones.
@@ -24,7 +25,7 @@ def broker(app: Any) -> Iterator[Finding]:
     try:
         ping_broker(app)
     except Exception as error:
-        yield fail("broker", f"{address} cannot be used: {as_text(error, 160)}", advice_on(error))
+        yield fail("broker", f"{address} cannot be used: {clean(as_text(error, 160))}", advice_on(error))
         return
     yield ok("broker", f"{address} answers")
     with app.connection_for_read() as connection:
@@ -42,7 +43,7 @@ def backend(app: Any) -> Iterator[Finding]:
     try:
         ping_backend(app)
     except Exception as error:
-        yield fail("result backend", f"{address} cannot be used: {as_text(error, 160)}", advice_on(error))
+        yield fail("result backend", f"{address} cannot be used: {clean(as_text(error, 160))}", advice_on(error))
         return
     client = getattr(app.backend, "client", None)
     if client is None or not hasattr(client, "info"):
@@ -58,11 +59,11 @@ def _redis(about: str, client: Any, key: Any) -> Iterator[Finding]:
         client.set(key, b"", ex=WRITE_S)
         client.delete(key)
     except RedisError as error:
-        yield fail(about, f"it takes no writes: {as_text(error, 160)}", _about_writes(str(error)))
+        yield fail(about, f"it takes no writes: {clean(as_text(error, 160))}", _about_writes(str(error)))
     try:
         info = client.info()
     except RedisError as error:
-        yield warn(about, f"it does not tell about itself: {as_text(error, 160)}", "allow INFO to its user")
+        yield warn(about, f"it does not tell about itself: {clean(as_text(error, 160))}", "allow INFO to its user")
         return
     version = str(info.get("redis_version", "0"))
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
