@@ -1,5 +1,6 @@
 """The endpoint itself: bounded, private, gone with its worker, and no other way to it than the three paths."""
 
+import contextlib
 import json
 import os
 import socket
@@ -108,12 +109,15 @@ def test_slow_clients_take_bounded_room_and_lose_it(server, tmp_path, monkeypatc
         health.ask(path, 5)
 
     def answers():
+        for each in slow:
+            with contextlib.suppress(OSError):
+                each.sendall(b"x")
         try:
             return health.ask(path, 5)
         except (OSError, ValueError):
             return None
 
-    assert wait_for(answers, "the slow ones to be sent away") == ACCOUNT
+    assert wait_for(answers, "the slow ones to be sent away", timeout_s=20) == ACCOUNT
     for each in slow:
         each.close()
 
