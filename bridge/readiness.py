@@ -46,7 +46,7 @@ class Reason(NamedTuple):
     do: str
 
 
-class Verdict(NamedTuple):
+class Condition(NamedTuple):
     """What probes ask for."""
 
     state: str  # starting, ready, not ready, stopping or hung
@@ -55,19 +55,19 @@ class Verdict(NamedTuple):
     reasons: tuple[Reason, ...]
 
 
-def judge(facts: Facts) -> Verdict:
+def condition_of(facts: Facts) -> Condition:
     """Live: its loop turns, or it was told to end. Ready: it consumes, and every GPU task would find an actor."""
     if facts.stops:
-        return Verdict("stopping", True, False, (Reason("it was told to stop and takes nothing new", _NOTHING),))
+        return Condition("stopping", True, False, (Reason("it was told to stop and takes nothing new", _NOTHING),))
     if facts.loop_s > facts.loop_limit_s:
         what = f"the worker's loop has not turned for {facts.loop_s:.0f} s"
-        return Verdict("hung", False, False, (Reason(what, _HUNG),))
+        return Condition("hung", False, False, (Reason(what, _HUNG),))
     if facts.waits_for:
         reason = Reason(f"it is starting: {clean(facts.waits_for)}", "wait; if it stays so, the text says for what")
-        return Verdict("starting", True, False, (reason,))
+        return Condition("starting", True, False, (reason,))
     reasons = (*_broker(facts), *_drivers(facts))
     reasons = reasons or tuple(_actors(facts))
-    return Verdict("not ready" if reasons else "ready", True, not reasons, reasons)
+    return Condition("not ready" if reasons else "ready", True, not reasons, reasons)
 
 
 _NOTHING = "nothing, it ends when what runs has finished; start another worker if tasks are to go on"
@@ -110,7 +110,9 @@ def _actors(facts: Facts) -> Iterator[Reason]:
             "`ray status` shows GPUs and nodes; an actor that fails says why, one that is lost comes back by itself",
         )
         return
-    for needed, names in _unsuited(ready, facts.tasks):
+    kinds = {None, *(row.get("accelerator") for row in facts.actors)}
+    tasks = {name: gpu for name, gpu in facts.tasks.items() if not facts.on_demand or gpu.accelerator in kinds}
+    for needed, names in _unsuited(ready, tasks):
         names_text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         yield Reason(
             f"no ready GPU actor suits {names_text}: {needed} is needed",

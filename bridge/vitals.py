@@ -15,7 +15,7 @@ from celery.worker import state as worker_state
 
 from bridge.health import folder
 from bridge.health_server import HealthServer
-from bridge.readiness import DriverFacts, Facts, Verdict, clean, judge
+from bridge.readiness import Condition, DriverFacts, Facts, clean, condition_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,15 +121,15 @@ class Vitals:
 
     def account(self) -> dict[str, Any]:
         """All of it, JSON-able; nothing in it is secret."""
-        gpu, verdict = self._gpu, self._judge()
+        gpu, condition = self._gpu, self._condition()
         return {
             "version": importlib.metadata.version("celery-gpu-bridge"),
             "worker": self._worker,
             "pid": os.getpid(),
-            "state": verdict.state,
-            "live": verdict.live,
-            "ready": verdict.ready,
-            "reasons": [reason._asdict() for reason in verdict.reasons],
+            "state": condition.state,
+            "live": condition.live,
+            "ready": condition.ready,
+            "reasons": [reason._asdict() for reason in condition.reasons],
             "uptime_s": _round(time.monotonic() - self._began),
             "loop_s": _round(time.monotonic() - self._pulsed_at),
             "broker": {"consumes": self._channel is not None},
@@ -141,10 +141,10 @@ class Vitals:
             "running": gpu["running"],
         }
 
-    def _judge(self) -> Verdict:
+    def _condition(self) -> Condition:
         now, settings, gpu, consumes = time.monotonic(), self._pool.settings, self._gpu, self._channel is not None
         told = (worker_state.should_stop, worker_state.should_terminate)
-        return judge(
+        return condition_of(
             Facts(
                 waits_for=self._waits_for,
                 stops=self._stops or any(each is not None and each is not False for each in told),

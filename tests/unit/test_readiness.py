@@ -4,7 +4,7 @@ import pytest
 
 from actors.contract import ActorState
 from bridge import Gpu
-from bridge.readiness import DriverFacts, Facts, clean, judge
+from bridge.readiness import DriverFacts, Facts, clean, condition_of
 
 GIB = 2**30
 ACTOR = {
@@ -19,7 +19,7 @@ WELL = Facts(
 
 
 def test_a_worker_that_has_all_it_needs():
-    assert judge(WELL) == ("ready", True, True, ())
+    assert condition_of(WELL) == ("ready", True, True, ())
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_a_worker_that_has_all_it_needs():
     ],
 )  # fmt: skip
 def test_each_reason(change, state, live, words):
-    verdict = judge(WELL._replace(**change))
-    assert (verdict.state, verdict.live, verdict.ready) == (state, live, False)
-    (reason,) = verdict.reasons
+    condition = condition_of(WELL._replace(**change))
+    assert (condition.state, condition.live, condition.ready) == (state, live, False)
+    (reason,) = condition.reasons
     assert words in reason.what and reason.do
 
 
@@ -54,14 +54,21 @@ def test_each_reason(change, state, live, words):
     "change",
     [
         {"actors": (), "on_demand": True},
+        {"tasks": {"shop.other": Gpu(accelerator="H100")}, "on_demand": True},
         {"tasks": {}, "drivers": (DriverFacts(None, None),), "has_cluster": False, "actors": ()},
         {"actors": ({**ACTOR, "state": "failing"}, ACTOR)},
         {"actors": ({**ACTOR, "memory_total_bytes": 0},), "tasks": {"shop.big": Gpu(memory="80GiB")}},
     ],
-    ids=["actors come with the first task", "no GPU tasks", "one of two", "memory unknown, as on NumPy"],
+    ids=[
+        "actors come with the first task",
+        "those of another kind, too",
+        "no GPU tasks",
+        "one of two",
+        "memory unknown, as on NumPy",
+    ],
 )
 def test_no_reason(change):
-    assert judge(WELL._replace(**change)).ready
+    assert condition_of(WELL._replace(**change)).ready
 
 
 def test_texts_from_elsewhere_are_short_and_without_passwords():
