@@ -48,6 +48,11 @@ class Slots:
         self._waiting: deque[Any] = deque()
         self._is_starting = False
 
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
     def take(self, request: Any) -> None:
         """Start a request, now or when a slot is free."""
         self._waiting.append(request)
@@ -110,6 +115,7 @@ class HybridConsumer:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         if self.pool.marks:
             ask_in_groups(connection)
+        self.pool.vitals.connecting(connection)
         return self.ensure_connected(connection)  # type: ignore[attr-defined]
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +219,7 @@ class HybridConsumer:
         """Consuming starts; with ``--disable-prefetch`` a message is taken while both kinds have room."""
         super().on_ready()  # type: ignore[misc]
         self._keep_visible()
+        self.pool.vitals.consumes(self.task_consumer.channel, lambda: self._slots.waiting)
         if self.app.conf.worker_disable_prefetch and self.connection.transport.driver_type == "redis":
             qos = self.task_consumer.channel.qos
             qos.can_consume = lambda: self._has_room() and bool(type(qos).can_consume(qos))
@@ -265,6 +272,7 @@ class HybridConsumer:
     def on_close(self) -> None:
         """The connection is gone: what has not started will be delivered again. At shutdown the pool asks for it."""
         super().on_close()  # type: ignore[misc]
+        self.pool.vitals.loses_broker()
         if self.connection is None:  # at shutdown it is still there
             self.pool.gpu.flush_requests()
             self._in_hand -= self._waiting.keys()  # flushed: nobody will say that they have ended
@@ -275,6 +283,7 @@ class HybridConsumer:
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The broker gives what has not started to others from now on: the driver hears of it first."""
+        self.pool.vitals.loses_broker()
         self.pool.gpu.flush_requests()
         for request in self._in_hand:  # nobody takes their acknowledgement any more, and kombu's Redis chokes on it
             request._on_ack = request._on_reject = _ignore

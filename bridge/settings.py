@@ -1,12 +1,12 @@
 """Every knob of the bridge, once: name with its unit, default, bounds, reason. Read from the environment as BRIDGE_*.
 
-No other file reads the environment. Seconds and bytes everywhere.
+No other file reads the environment, but `bridge/health.py`, which has no time for this one. Seconds and bytes.
 """
 
 from functools import cache
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bridge.errors import ConfigurationInvalid
@@ -77,6 +77,21 @@ class Settings(BaseSettings):
     lease_s: float = Field(10.0, gt=0, description="queued tasks of a driver not heard of for this long are dropped")
     beat_s: float = Field(2.0, gt=0, description="how often the driver asks actors for their health")
 
+    # health (bridge/health.py)
+    health_address: str | None = Field(
+        None,
+        description="host:port where the worker answers /livez, /readyz and /health over HTTP; a port alone means "
+        "127.0.0.1; default: no port, `python -m bridge.health` asks over a private socket",
+    )
+    runtime_dir: str | None = Field(
+        None,
+        description="folder of the workers' private sockets, for `python -m bridge.health`; default "
+        "/tmp/celery-gpu-bridge-UID",
+    )
+    hung_after_s: float = Field(
+        15.0, gt=2, description="a worker whose main thread has not turned for this long is not live any more"
+    )
+
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
@@ -102,11 +117,30 @@ class Settings(BaseSettings):
     reply_after_s: float = Field(0.02, gt=0, description="a call answers after this as soon as any task of it has news")
     collect_wait_s: float = Field(1.0, gt=0, description="a call without news is asked again this often")
 
+    @field_validator("health_address")
+    @classmethod
+    def _is_a_place(cls, address: str | None) -> str | None:
+        if address is not None:
+            _place(address)
+        return address
+
+    @property
+    def health_place(self) -> tuple[str, int] | None:
+        """Host and port of `health_address`."""
+        return _place(self.health_address) if self.health_address is not None else None
+
     @model_validator(mode="after")
     def _bounds_of_the_fleet(self) -> Self:
         if self.min_actors is not None and self.max_actors is not None and self.min_actors > self.max_actors:
             raise ValueError("BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS")
         return self
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("write host:port, such as 127.0.0.1:8080, 0.0.0.0:8080 or [::1]:8080, or the port alone")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 @cache

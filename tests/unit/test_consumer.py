@@ -51,8 +51,22 @@ class Gpu:
         handle.wanted_back = on_given_back
 
 
+class Vitals:
+    channel = None
+
+    def connecting(self, connection):
+        pass
+
+    def consumes(self, channel, count_waiting):
+        self.channel = channel
+
+    def loses_broker(self):
+        self.channel = None
+
+
 class Pool:
     def __init__(self, slots=2):
+        self.vitals = Vitals()
         self.gpu_slots = slots
         self.marks = {"gpu": None}
         self.gpu = Gpu()
