@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     with ExitStack() as at_end:
         try:
             line = parse(arguments)
-            app = _load_app(line)
+            app = load_app(line)
             if line.standalone:
                 from bridge.standalone import start
 
@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> None:
         _hand_over(line)
 
 
-def _load_app(line: CommandLine) -> Any:
+def load_app(line: CommandLine) -> Any:
     """Import the app as Celery will.
 
     Raises:
