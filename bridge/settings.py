@@ -4,7 +4,7 @@ No other file reads the environment, but `bridge/health.py`, which has no time f
 """
 
 from functools import cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,6 +35,14 @@ class Settings(BaseSettings):
         None, ge=1, description="GPU tasks one worker holds at once; default 32, or thrice the largest batch"
     )
     max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
+    crash_memory_s: float = Field(
+        604_800.0, gt=0, description="Redis remembers a task's crashes for this long after the last one"
+    )
+    dead_letters: int = Field(
+        1000, ge=0, description="poisoned tasks kept in Redis for `python -m bridge.dead`, at most; the oldest goes"
+    )
+    dead_letters_bytes: int = Field(67_108_864, ge=1, description="what they may hold together; the oldest goes")
+    dead_letters_s: float = Field(1_209_600.0, gt=0, description="a poisoned task is kept for this long")
     gpu_memory_limit: str = Field(
         "90%",
         description="limit of CuPy's memory pool: bytes such as 8GiB, or a share of what the actor reserves, such as "
@@ -128,6 +136,10 @@ class Settings(BaseSettings):
     def health_place(self) -> tuple[str, int] | None:
         """Host and port of `health_address`."""
         return _place(self.health_address) if self.health_address is not None else None
+
+    def namespace_of(self, app: Any) -> str:
+        """The namespace of an app's workers: as set, or of the app's name."""
+        return self.namespace or f"bridge-{app.main or 'app'}"
 
     @model_validator(mode="after")
     def _bounds_of_the_fleet(self) -> Self:
