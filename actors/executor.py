@@ -22,8 +22,10 @@ from celery import _state as celery_state
 from actors import residents
 from actors.contract import (
     EXIT_NOT_STARTED,
+    STEP_DEVICE,
     Asked,
     Bell,
+    Broken,
     Call,
     Config,
     DeviceState,
@@ -33,7 +35,7 @@ from actors.contract import (
     Ready,
     Step,
 )
-from actors.device import open_device
+from actors.device import is_short_of_memory, open_device
 from actors.device_api import Device, DeviceUnusable
 from actors.journal import Journal
 from actors.logs import Output
@@ -57,7 +59,7 @@ class Executor:
         self._speaking = threading.Lock()  # a body may report progress from threads of its own
         self._journal = journal
         self._config = config
-        self._runner = Runner(journal, config, lambda token, data: self._say(Asked(token, data)))
+        self._runner = Runner(journal, config, lambda token, data: self._say(Asked(token, data)), self._say_broken)
         self._device: Device
         self._told_at = -math.inf  # when the device's state was last told
         self._told_changes = -1  # of the residents, by then
@@ -71,7 +73,7 @@ class Executor:
         app = load_app(self._config.release)
         celery_state._set_task_join_will_block(True)  # as in a prefork child: a body must not wait for other tasks
         self._runner.load(app)
-        self._say(Step("warming the device"))
+        self._say(Step(STEP_DEVICE))
         self._device = open_device(self._config.device, self._config.memory_limit)
         self._device.warm_up()
         self._runner.use(self._device)
@@ -127,6 +129,11 @@ class Executor:
         memory = self._device.memory(residents.shared.size_bytes())
         self._say(DeviceState(memory.used, memory.total, memory.free, held, touched))
 
+    def _say_broken(self, text: str) -> None:
+        """The last word of this process; it does not wait for a thread that is in the middle of one."""
+        if self._speaking.acquire(timeout=1.0):
+            self._pipe.send_bytes(pickle.dumps(Broken(text), 5))
+
     def _say(self, message: Any) -> None:
         with self._speaking:
             self._pipe.send_bytes(pickle.dumps(message, 5))
@@ -144,7 +151,8 @@ def main(pipe_fd: int, journal_fd: int) -> None:
     except BaseException as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
-        pipe.send_bytes(pickle.dumps(NotStarted(reason, isinstance(error, DeviceUnusable)), 5))
+        failed = NotStarted(reason, isinstance(error, DeviceUnusable), memory=is_short_of_memory(error))
+        pipe.send_bytes(pickle.dumps(failed, 5))
         os._exit(EXIT_NOT_STARTED)
     executor.serve()
 

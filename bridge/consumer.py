@@ -15,6 +15,7 @@ from celery.exceptions import TaskRevokedError
 from celery.utils.functional import maybe_list
 from celery.worker.state import reserved_requests, revoked, revoked_stamps
 
+from bridge.fence_events import FenceEvents
 from bridge.redis_channel import ask_in_groups
 from bridge.supervisor import GpuRequest
 
@@ -78,6 +79,7 @@ class HybridConsumer:
     controller: Any
     task_consumer: Any
     timer: Any
+    event_dispatcher: Any
     _maximum_prefetch_restored: bool
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,6 +89,7 @@ class HybridConsumer:
         self._waiting: dict[Any, GpuRequest] = {}  # requests in the driver that no actor has taken
         self._in_hand: set[Any] = set()  # requests with a slot
         self._look_due = math.inf  # when expired ones are looked for
+        self._fence_events = FenceEvents()
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
@@ -173,9 +176,15 @@ class HybridConsumer:
     def on_ready(self) -> None:
         """Consuming starts; with ``--disable-prefetch`` a message is taken while both kinds have room."""
         super().on_ready()  # type: ignore[misc]
+        self.pool.gpu.listen(self._tell_fences)
         if self.app.conf.worker_disable_prefetch and self.connection.transport.driver_type == "redis":
             qos = self.task_consumer.channel.qos
             qos.can_consume = lambda: self._has_room() and bool(type(qos).can_consume(qos))
+
+    def _tell_fences(self) -> None:
+        if self.event_dispatcher:
+            for kind, fields in self._fence_events.changes(self.pool.gpu.report["actors"]):
+                self.event_dispatcher.send(kind, **fields)
 
     def _has_room(self) -> bool:
         reserved = tuple(reserved_requests)
