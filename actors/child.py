@@ -21,6 +21,7 @@ from actors.contract import (
     Config,
     DeviceState,
     Failed,
+    Full,
     NotStarted,
     Outcome,
     Ready,
@@ -46,6 +47,7 @@ class Child:
         self.ready: Ready | None = None
         self.failed: NotStarted | None = None
         self.step, self.step_since = "starting", self.started_at
+        self.full = ""  # why it is to be replaced after its call
         self.broken = ""  # how its device broke, as far as it could say
         self.code: int | None = None  # its exit code, after `reap`
         self.device = DeviceState(0, 0, 0, {}, {})
@@ -110,6 +112,8 @@ class Child:
             self.failed = message
         elif isinstance(message, Broken):
             self.broken = message.text
+        elif isinstance(message, Full):
+            self.full = message.text
         elif isinstance(message, DeviceState):
             self.device = message
             self._touched = {**self._touched, **message.touched}

@@ -187,6 +187,7 @@ class Health(NamedTuple):
     warm_for: tuple[str, ...]  # names of tasks that use residents, all of which are on the device
     accelerator: str  # the node's accelerator type as Ray names it, such as H100; "" where unknown
     share: float  # of one GPU that the actor reserves
+    recycled: int  # executors replaced because bodies had left too much behind
     device_faults: int  # executors that broke their device or could not warm it up
     probe_in_s: float | None  # FENCED: until the next probe
 
@@ -220,6 +221,7 @@ class Config(NamedTuple):
     log_level: int
     log_limit_bytes: int
     resident_limit: str  # of residents, in bytes or as a share of the device's memory
+    left_limit: str = "25%"  # of what bodies leave behind on the device, likewise
 
 
 #: The step of start-up in which an executor touches its device for the first time.
@@ -245,6 +247,12 @@ class NotStarted(NamedTuple):
     reason: str
     device: bool
     memory: bool = False
+
+
+class Full(NamedTuple):
+    """The executor wants to be replaced after this call: it holds memory that nobody can give back."""
+
+    text: str
 
 
 class Broken(NamedTuple):

@@ -30,6 +30,7 @@ from actors.contract import (
     Config,
     DeviceState,
     Done,
+    Full,
     NotStarted,
     Outcome,
     Ready,
@@ -38,11 +39,13 @@ from actors.contract import (
 from actors.device import is_short_of_memory, open_device
 from actors.device_api import Device, DeviceUnusable
 from actors.journal import Journal
+from actors.leaks import Leaks
 from actors.logs import Output
 from actors.release import load_app
 from actors.runner import Runner
 from actors.signals import executor_init
 from actors.sizes import read_limit
+from actors.surroundings import Surroundings
 
 #: The actor is told of finished tasks at most this often while a call goes on; it can always read the journal itself.
 BELL_EVERY_S = 0.001
@@ -87,6 +90,9 @@ class Executor:
         self._runner.run_examples()
         self._device.synchronize()
         self._runner.close_connections()  # of residents and examples
+        left_limit = read_limit(self._config.left_limit, info.memory_bytes) or 0
+        self._leaks = Leaks(self._device, residents.shared, left_limit)
+        self._surroundings = Surroundings()
         self._tell_device()
         self._say(Ready(info._asdict(), time.monotonic() - started))
 
@@ -99,6 +105,9 @@ class Executor:
                 return
             self._run_call(call)
             self._tell_device()
+            complaint = self._leaks.complaint()
+            if complaint:
+                self._say(Full(complaint))
             self._say(Done(call.id))
 
     def _run_call(self, call: Call) -> None:
@@ -109,6 +118,8 @@ class Executor:
                 self._deliver(outcome)
                 index += 1
             self._journal.end()  # not before: who dies while its value is made plain and pickled has run
+            self._surroundings.restore()
+            self._leaks.note(call.tasks[index - 1].name)
             if time.monotonic() - bell > BELL_EVERY_S and index < len(call.tasks):
                 self._say(Bell())
                 bell = time.monotonic()

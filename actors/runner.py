@@ -35,6 +35,7 @@ from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
 from actors.release import LoadedTask, connection_closer, load_tasks
+from actors.sizes import readable
 from actors.wishes import Wishes
 
 #: Characters of the error that broke a device which its actor keeps.
@@ -287,6 +288,15 @@ class Runner:
         self._admission.forget()
         return True
 
+    def _how_full(self) -> str:
+        """What is on the device now, for an error; "" where nobody knows."""
+        held = residents.shared.size_bytes()
+        memory = self._device.memory(held)
+        if not memory.total:
+            return ""
+        used = f"{readable(memory.used)} are in use now, {readable(held)} by residents"
+        return f"; of the device's {readable(memory.total)} {used}"
+
     def _make_room(self, used: tuple[str, ...]) -> None:
         """Before a second try: whatever else is on the device goes, except residents that the first has `used`."""
         self._device.free()
@@ -312,6 +322,8 @@ class Runner:
         if result.error is not None:
             entry = Runner._enter_body.__code__
             failed = outcomes.failure(token, result.error, entry, result.out_of_memory, result.run_s)
+            if result.out_of_memory:
+                failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
             value = pickle.dumps(outcomes.plain(result.value, loaded.keeps_models), 5)

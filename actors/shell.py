@@ -92,7 +92,7 @@ class ActorShell:
         self._active: tuple[Entry, Child] | None = None
         self._interrupted: dict[int, float] = {}  # serial of the running body -> when last signalled
         self._tally = Tally()
-        self._generation = 0
+        self._generation = self._recycled = 0
         self._heard_at = self._replied_at = self._worked_at = time.monotonic()
         self._closing = False
         self._untold: set[str] = set()  # drivers that do not know yet that it is closing
@@ -419,6 +419,10 @@ class ActorShell:
         self._interrupted.clear()
         self._used_at[child.release.id] = time.monotonic()
         self._tally.calls += 1
+        if child.full:
+            print(f"the executor of GPU actor {self._slot} is replaced: {child.full}", flush=True)  # noqa: T201
+            self._recycled += 1
+            child.kill("recycled")
         entry.fail(entry.todo, FailureKind.UNSURE, "the executor gave no outcome")  # cannot happen; better than silence
 
     def _bury(self, child: Child) -> None:
@@ -659,6 +663,7 @@ class ActorShell:
             warm_for=child.warm_for() if child else (),
             accelerator=self._accelerator,
             share=self._limits.share,
+            recycled=self._recycled,
             device_faults=self._breaker.total,
             probe_in_s=max(0.0, self._breaker.probe_at - time.monotonic()) if self._breaker.is_fenced else None,
         )

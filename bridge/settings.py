@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     resident_limit: str = Field(
         "50%", description="what residents may hold on a device together: bytes such as 8GiB, or a share such as 50%"
     )
+    left_limit: str = Field(
+        "25%",
+        description="an executor whose bodies have left more than this behind on the device is replaced: bytes such as "
+        "8GiB, or a share such as 25%; 0 for never",
+    )
     min_actors: int | None = Field(
         None, ge=0, description="actors that stay although nothing is to do; default one for each GPU of the cluster"
     )
