@@ -14,11 +14,14 @@ from typing import Any
 
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
+    EXIT_DEVICE_FAULTY,
     INTERRUPT_SIGNAL,
+    Broken,
     Call,
     Config,
     DeviceState,
     Failed,
+    Full,
     NotStarted,
     Outcome,
     Ready,
@@ -43,7 +46,10 @@ class Child:
         self.started_at = time.monotonic()
         self.ready: Ready | None = None
         self.failed: NotStarted | None = None
-        self.step = "starting"
+        self.step, self.step_since = "starting", self.started_at
+        self.full = ""  # why it is to be replaced after its call
+        self.broken = ""  # how its device broke, as far as it could say
+        self.code: int | None = None  # its exit code, after `reap`
         self.device = DeviceState(0, 0, 0, {}, {})
         self._touched: dict[str, tuple[str, ...]] = {}  # task's name -> residents its last body has used
         self.planned_end = ""  # why the actor itself ends it, else ""
@@ -99,11 +105,15 @@ class Child:
 
     def _note(self, message: Any) -> None:
         if isinstance(message, Step):
-            self.step = message.text
+            self.step, self.step_since = message.text, time.monotonic()
         elif isinstance(message, Ready):
             self.ready = message
         elif isinstance(message, NotStarted):
             self.failed = message
+        elif isinstance(message, Broken):
+            self.broken = message.text
+        elif isinstance(message, Full):
+            self.full = message.text
         elif isinstance(message, DeviceState):
             self.device = message
             self._touched = {**self._touched, **message.touched}
@@ -155,11 +165,17 @@ class Child:
             self.process.kill()
             code = self.process.wait()
         self.socket.close()
-        if code == EXIT_DEVICE_BROKEN:
-            return "its CUDA context broke"
+        self.code = code
+        if self.broke_device:
+            return f"its CUDA context broke{': ' if self.broken else ''}{self.broken}"
         if code >= 0:
             return f"exit code {code}"
         return f"signal {-code} ({signal.Signals(-code).name})"
+
+    @property
+    def broke_device(self) -> bool:
+        """Whether it has ended because its device broke; after `reap`."""
+        return self.code in (EXIT_DEVICE_BROKEN, EXIT_DEVICE_FAULTY)
 
     def close(self) -> None:
         """Forget the journal; after `reap` and the last `running`."""

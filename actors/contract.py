@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 3
+PROTOCOL = 4
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -31,7 +31,7 @@ class Release(NamedTuple):
 class TaskCall(NamedTuple):
     """One task inside a call; `payload` is the pickled (args, kwargs, request context)."""
 
-    token: str  # unique per execution, so that nothing late ever hits a second one
+    token: str  # unique per execution, so that nothing late ever hits a second one; before its last dot: of the task
     name: str
     payload: bytes
     soft_limit_s: float | None
@@ -133,9 +133,10 @@ class Reply(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """The actor's queue is full; nothing of the call was taken."""
+    """Nothing of the call was taken; `reason` says why."""
 
     queue_s: float
+    reason: str = "its queue is full"
 
 
 class ActorState(StrEnum):
@@ -144,6 +145,7 @@ class ActorState(StrEnum):
     STARTING = "starting"  # its executor is importing or warming up
     READY = "ready"
     FAILING = "failing"  # its executor does not start; tried again with backoff
+    FENCED = "fenced"  # its GPU is not to be trusted; probed with growing pauses
     DRAINING = "draining"  # it takes no new calls and ends when what it has is delivered
 
 
@@ -165,7 +167,7 @@ class Health(NamedTuple):
     node: str
     pid: int
     state: ActorState
-    reason: str  # why it is FAILING, or which step STARTING is at
+    reason: str  # why it is FAILING or FENCED, or which step STARTING is at
     knows_release: bool  # False after a restart: say hello again
     failed_starts: int  # of its executor, in a row
     device: dict[str, Any]  # DeviceInfo as a dict, empty before the first warm-up
@@ -185,6 +187,9 @@ class Health(NamedTuple):
     warm_for: tuple[str, ...]  # names of tasks that use residents, all of which are on the device
     accelerator: str  # the node's accelerator type as Ray names it, such as H100; "" where unknown
     share: float  # of one GPU that the actor reserves
+    recycled: int  # executors replaced because bodies had left too much behind
+    device_faults: int  # executors that broke their device or could not warm it up
+    probe_in_s: float | None  # FENCED: until the next probe
 
 
 # Between actor and executor, over their pipe.
@@ -193,6 +198,8 @@ class Health(NamedTuple):
 INTERRUPT_SIGNAL = signal.SIGUSR1
 #: Ends an executor whose CUDA context is broken; the actor reads it from the exit code.
 EXIT_DEVICE_BROKEN = 86
+#: The same, and the device has said that its hardware is at fault.
+EXIT_DEVICE_FAULTY = 88
 #: Ends an executor that could not load the release or warm the device; it has said why.
 EXIT_NOT_STARTED = 87
 
@@ -214,6 +221,11 @@ class Config(NamedTuple):
     log_level: int
     log_limit_bytes: int
     resident_limit: str  # of residents, in bytes or as a share of the device's memory
+    left_limit: str = "25%"  # of what bodies leave behind on the device, likewise
+
+
+#: The step of start-up in which an executor touches its device for the first time.
+STEP_DEVICE = "warming the device"
 
 
 class Step(NamedTuple):
@@ -230,10 +242,23 @@ class Ready(NamedTuple):
 
 
 class NotStarted(NamedTuple):
-    """Start-up failed; `device` tells whether the device or the app is the reason."""
+    """Start-up failed; whether the device, the memory free on it, or else the app is the reason."""
 
     reason: str
     device: bool
+    memory: bool = False
+
+
+class Full(NamedTuple):
+    """The executor wants to be replaced after this call: it holds memory that nobody can give back."""
+
+    text: str
+
+
+class Broken(NamedTuple):
+    """The device is broken, and how; the executor ends now."""
+
+    text: str
 
 
 class Bell(NamedTuple):

@@ -21,6 +21,9 @@ FATAL_STATUSES = frozenset(
     {4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999}
 )
 
+#: Those of them that tell of broken hardware: memory (ECC), NVLink, an error contained to this process.
+FAULTY_STATUSES = frozenset({214, 220, 226})
+
 #: How CuPy's libraries say that memory is short, by exception class (each library's "allocation failed" status).
 _OUT_OF_MEMORY = {
     "CUDARuntimeError": (2,),
@@ -78,6 +81,10 @@ class CpuDevice:
     def is_healthy(self, error: BaseException | None = None) -> bool:
         """A CPU has no context that can break."""
         return True
+
+    def is_faulty(self, error: BaseException) -> bool:
+        """A CPU has no hardware of which this is told."""
+        return False
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an exception means too little memory."""
@@ -190,11 +197,13 @@ class CudaDevice:
             return False
         return True
 
+    def is_faulty(self, error: BaseException) -> bool:
+        """Whether an error says that the hardware is at fault."""
+        return type(error).__name__ in ("CUDARuntimeError", "CUDADriverError") and _status(error) in FAULTY_STATUSES
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an exception means too little memory; libraries say it in classes of their own."""
-        if isinstance(error, MemoryError):
-            return True
-        return _status(error) in _OUT_OF_MEMORY.get(type(error).__name__, ())
+        return _means_too_little_memory(error)
 
     def free(self) -> None:
         """Give unused pool memory back to the device; the caller has dropped its references."""
@@ -311,6 +320,22 @@ def to_host(array: Any) -> Any:
 def is_device_array(value: Any) -> bool:
     """Whether a value is a CuPy array or scalar, told without importing CuPy."""
     return type(value).__module__.partition(".")[0] == "cupy"
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an error that ended an executor's start, or one that caused it, means too little memory."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and all(cause is not each for each in seen):
+        if _means_too_little_memory(cause):
+            return True
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _means_too_little_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or _status(error) in _OUT_OF_MEMORY.get(type(error).__name__, ())
 
 
 def _status(error: BaseException | None) -> int | None:

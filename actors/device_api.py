@@ -52,7 +52,7 @@ class Device(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Pay every first-call cost now."""
+        """Pay every first-call cost now; kernels with known answers test the device. DeviceUnusable if it fails."""
         ...
 
     def synchronize(self) -> None:
@@ -69,6 +69,10 @@ class Device(Protocol):
 
     def is_healthy(self, error: BaseException | None = None) -> bool:
         """Whether the context still works, after `error` came out of a body."""
+        ...
+
+    def is_faulty(self, error: BaseException) -> bool:
+        """Whether an error that broke the context says that the hardware is at fault, not a kernel."""
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:

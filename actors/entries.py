@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from actors.breaker import BreakerRules
 from actors.contract import Answer, Call, Failed, FailureKind, Large, Outcome, Pending, Reply, Succeeded, TaskCall
 
 
@@ -20,6 +21,7 @@ class Limits(NamedTuple):
     grace_s: float  # from a cancelled body's interrupt to the end of its executor
     keep_idle_s: float = math.inf  # after this long without a task the actor ends, drivers or not
     share: float = 1.0  # of one GPU that the actor reserves
+    breaker: BreakerRules = BreakerRules()
 
 
 class Entry:

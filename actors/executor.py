@@ -22,25 +22,30 @@ from celery import _state as celery_state
 from actors import residents
 from actors.contract import (
     EXIT_NOT_STARTED,
+    STEP_DEVICE,
     Asked,
     Bell,
+    Broken,
     Call,
     Config,
     DeviceState,
     Done,
+    Full,
     NotStarted,
     Outcome,
     Ready,
     Step,
 )
-from actors.device import open_device
+from actors.device import is_short_of_memory, open_device
 from actors.device_api import Device, DeviceUnusable
 from actors.journal import Journal
+from actors.leaks import Leaks
 from actors.logs import Output
 from actors.release import load_app
 from actors.runner import Runner
 from actors.signals import executor_init
 from actors.sizes import read_limit
+from actors.surroundings import Surroundings
 
 #: The actor is told of finished tasks at most this often while a call goes on; it can always read the journal itself.
 BELL_EVERY_S = 0.001
@@ -57,7 +62,7 @@ class Executor:
         self._speaking = threading.Lock()  # a body may report progress from threads of its own
         self._journal = journal
         self._config = config
-        self._runner = Runner(journal, config, lambda token, data: self._say(Asked(token, data)))
+        self._runner = Runner(journal, config, lambda token, data: self._say(Asked(token, data)), self._say_broken)
         self._device: Device
         self._told_at = -math.inf  # when the device's state was last told
         self._told_changes = -1  # of the residents, by then
@@ -71,7 +76,7 @@ class Executor:
         app = load_app(self._config.release)
         celery_state._set_task_join_will_block(True)  # as in a prefork child: a body must not wait for other tasks
         self._runner.load(app)
-        self._say(Step("warming the device"))
+        self._say(Step(STEP_DEVICE))
         self._device = open_device(self._config.device, self._config.memory_limit)
         self._device.warm_up()
         self._runner.use(self._device)
@@ -85,6 +90,9 @@ class Executor:
         self._runner.run_examples()
         self._device.synchronize()
         self._runner.close_connections()  # of residents and examples
+        left_limit = read_limit(self._config.left_limit, info.memory_bytes) or 0
+        self._leaks = Leaks(self._device, residents.shared, left_limit)
+        self._surroundings = Surroundings()
         self._tell_device()
         self._say(Ready(info._asdict(), time.monotonic() - started))
 
@@ -97,6 +105,9 @@ class Executor:
                 return
             self._run_call(call)
             self._tell_device()
+            complaint = self._leaks.complaint()
+            if complaint:
+                self._say(Full(complaint))
             self._say(Done(call.id))
 
     def _run_call(self, call: Call) -> None:
@@ -107,6 +118,8 @@ class Executor:
                 self._deliver(outcome)
                 index += 1
             self._journal.end()  # not before: who dies while its value is made plain and pickled has run
+            self._surroundings.restore()
+            self._leaks.note(call.tasks[index - 1].name)
             if time.monotonic() - bell > BELL_EVERY_S and index < len(call.tasks):
                 self._say(Bell())
                 bell = time.monotonic()
@@ -127,6 +140,11 @@ class Executor:
         memory = self._device.memory(residents.shared.size_bytes())
         self._say(DeviceState(memory.used, memory.total, memory.free, held, touched))
 
+    def _say_broken(self, text: str) -> None:
+        """The last word of this process; it does not wait for a thread that is in the middle of one."""
+        if self._speaking.acquire(timeout=1.0):
+            self._pipe.send_bytes(pickle.dumps(Broken(text), 5))
+
     def _say(self, message: Any) -> None:
         with self._speaking:
             self._pipe.send_bytes(pickle.dumps(message, 5))
@@ -146,7 +164,8 @@ def main(pipe_fd: int, journal_fd: int) -> None:
     except BaseException as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
-        pipe.send_bytes(pickle.dumps(NotStarted(reason, isinstance(error, DeviceUnusable)), 5))
+        failed = NotStarted(reason, isinstance(error, DeviceUnusable), memory=is_short_of_memory(error))
+        pipe.send_bytes(pickle.dumps(failed, 5))
         os._exit(EXIT_NOT_STARTED)
     executor.serve()
 

@@ -21,6 +21,7 @@ from actors import outcomes, residents
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
+    EXIT_DEVICE_FAULTY,
     Config,
     Failed,
     FailureKind,
@@ -34,13 +35,23 @@ from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
 from actors.release import LoadedTask, connection_closer, load_tasks
+from actors.sizes import readable
 from actors.wishes import Wishes
+
+#: Characters of the error that broke a device which its actor keeps.
+BROKEN_LIMIT = 500
 
 
 class Runner:
-    """Runs the bodies of one release; `ask` takes what a running body wants told at once, with its token."""
+    """Runs the bodies of one release; `ask` takes what a running body wants told at once, with its token.
 
-    def __init__(self, journal: Journal, config: Config, ask: Callable[[str, bytes], None]) -> None:
+    `say_broken` takes the last word before this process ends because its device is broken.
+    """
+
+    def __init__(
+        self, journal: Journal, config: Config, ask: Callable[[str, bytes], None], say_broken: Callable[[str], None]
+    ) -> None:
+        self._say_broken = say_broken
         self._journal = journal
         self._config = config
         self._token = ""
@@ -277,6 +288,15 @@ class Runner:
         self._admission.forget()
         return True
 
+    def _how_full(self) -> str:
+        """What is on the device now, for an error; "" where nobody knows."""
+        held = residents.shared.size_bytes()
+        memory = self._device.memory(held)
+        if not memory.total:
+            return ""
+        used = f"{readable(memory.used)} are in use now, {readable(held)} by residents"
+        return f"; of the device's {readable(memory.total)} {used}"
+
     def _make_room(self, used: tuple[str, ...]) -> None:
         """Before a second try: whatever else is on the device goes, except residents that the first has `used`."""
         self._device.free()
@@ -285,7 +305,10 @@ class Runner:
     def _end_broken(self, error: BaseException) -> None:
         """End this process: a broken CUDA context stays broken. The journal still names the tasks that ran."""
         os.write(2, f"CUDA context is broken, executor ends: {error!r}\n".encode())
-        os._exit(EXIT_DEVICE_BROKEN)
+        try:
+            self._say_broken(f"{type(error).__name__}: {error}"[:BROKEN_LIMIT])
+        finally:
+            os._exit(EXIT_DEVICE_FAULTY if self._device.is_faulty(error) else EXIT_DEVICE_BROKEN)
 
     def _used_by(self, loaded: LoadedTask) -> tuple[str, ...]:
         return self._used.get(loaded.name, ())
@@ -299,6 +322,8 @@ class Runner:
         if result.error is not None:
             entry = Runner._enter_body.__code__
             failed = outcomes.failure(token, result.error, entry, result.out_of_memory, result.run_s)
+            if result.out_of_memory:
+                failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
             value = pickle.dumps(outcomes.plain(result.value, loaded.keeps_models), 5)

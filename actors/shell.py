@@ -16,9 +16,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from actors.breaker import Breaker
 from actors.child import Child, is_outcome
 from actors.contract import (
+    EXIT_DEVICE_FAULTY,
     PROTOCOL,
+    STEP_DEVICE,
     ActorState,
     Asked,
     Busy,
@@ -28,9 +31,12 @@ from actors.contract import (
     Done,
     FailureKind,
     Health,
+    NotStarted,
     Outcome,
     Reason,
     Reply,
+    Succeeded,
+    TaskCall,
 )
 from actors.entries import Entry, Limits, Tally, lost
 from actors.journal import Running
@@ -43,6 +49,8 @@ RETIRE_AFTER_S = 30.0
 BACKOFF_S = (0.5, 30.0)
 #: After this many failed starts in a row, queued calls are handed back to their drivers.
 START_ATTEMPTS = 3
+#: An executor whose device has not become warm after this long is ended: the device hangs; in seconds.
+WARM_DEVICE_S = 120.0
 #: Executors that may die with one call while no body runs, before the call is blamed.
 MAX_IDLE_DEATHS = 2
 #: A reply needs this long, in seconds, to leave the process before it may end.
@@ -77,11 +85,14 @@ class ActorShell:
         self._retry_at: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
         self._early_cancels: dict[str, list[tuple[list[str], Reason]]] = {}  # by call
+        self._breaker = Breaker(limits.breaker)
+        self._has_cuda = False  # an executor has had a GPU here
+        self._room = MAX_CHILDREN  # executors that the device has memory for together, as far as is known
         self._latest = ""  # the release of the last hello
         self._active: tuple[Entry, Child] | None = None
         self._interrupted: dict[int, float] = {}  # serial of the running body -> when last signalled
         self._tally = Tally()
-        self._generation = 0
+        self._generation = self._recycled = 0
         self._heard_at = self._replied_at = self._worked_at = time.monotonic()
         self._closing = False
         self._untold: set[str] = set()  # drivers that do not know yet that it is closing
@@ -97,6 +108,9 @@ class ActorShell:
         with self._lock:
             if supersedes:
                 self._supersede(supersedes)
+            if driver not in self._drivers and self._breaker.greet(time.monotonic()):
+                self._failures.clear()
+                self._retry_at.clear()
             self._configs[config.release.id] = config
             self._latest = self._releases[driver] = config.release.id
             self._hear(driver)
@@ -121,6 +135,9 @@ class ActorShell:
                 return lost(call, FailureKind.LOST, "another driver has taken over")
             if call.release not in self._configs:
                 return lost(call, FailureKind.LOST, "the actor was restarted and does not know this release yet")
+            if self._breaker.is_fenced:
+                self._replied_at = time.monotonic()
+                return Busy(self._queue_s(), f"fenced: {self._breaker.reason}")
             queued = sum(len(entry.todo) for entry in self._entries.values())
             if self._closing or (queued and queued + len(call.tasks) > self._limits.queued_tasks):
                 self._replied_at = time.monotonic()
@@ -253,6 +270,7 @@ class ActorShell:
             with self._lock:
                 now = time.monotonic()
                 self._look_at_running(now)
+                self._look_at_starting(now)
                 self._expire_leases(now)
 
     def _is_over(self) -> bool:
@@ -264,7 +282,7 @@ class ActorShell:
 
     def _end_if_idle(self) -> None:
         """An actor beyond those that always stay gives its GPU back: it takes no new calls and ends."""
-        if self._entries or any(child.ready is None for child in self._children.values()):
+        if self._entries or self._breaker.is_fenced or any(child.ready is None for child in self._children.values()):
             self._worked_at = time.monotonic()
         elif time.monotonic() - self._worked_at > self._limits.keep_idle_s:
             self._start_closing()
@@ -281,16 +299,23 @@ class ActorShell:
         for release in wanted:
             if release in self._children or now < self._retry_at.get(release, 0.0):
                 continue
-            if len(self._children) >= MAX_CHILDREN:
+            if len(self._children) >= (1 if self._breaker.is_fenced else self._room):
+                break
+            if not self._breaker.may_start(now):
                 break
             self._generation += 1
-            self._children[release] = Child(self._configs[release])
+            self._children[release] = Child(self._config_of(release))
+
+    def _config_of(self, release: str) -> Config:
+        """Where there was a GPU, no executor may take NumPy instead: the GPU is broken, and tasks belong elsewhere."""
+        config = self._configs[release]
+        return config._replace(device="cuda") if self._has_cuda and config.device == "auto" else config
 
     def _retire(self, wanted: set[str], now: float) -> None:
         """End executors nobody needs: of releases without a living driver, or to make room for the next call's."""
         needed = wanted | set(self._releases.values())
         missing = next((release for release in self._next_releases() if release not in self._children), None)
-        crowded = missing is not None and len(self._children) >= MAX_CHILDREN
+        crowded = missing is not None and len(self._children) >= self._room
         idle = [child for child in self._children.values() if not child.planned_end and not self._is_busy(child)]
         for child in sorted(idle, key=self._last_used):
             release = child.release.id
@@ -361,6 +386,8 @@ class ActorShell:
         if child.ready is not None:
             self._failures.pop(release, None)
             self._reasons.pop(release, None)
+            self._breaker.started()
+            self._has_cuda = self._has_cuda or child.ready.device["kind"] == "cuda"
         if self._active is None or self._active[1] is not child:
             return
         entry = self._active[0]
@@ -383,6 +410,8 @@ class ActorShell:
             task = entry.record(outcome)
             if task is not None:
                 self._tally.add(task.name, outcome)
+                if isinstance(outcome, Succeeded):
+                    self._breaker.succeeded(task.name)
 
     def _finish_call(self, child: Child) -> None:
         entry, _ = self._active  # type: ignore[misc]
@@ -390,6 +419,10 @@ class ActorShell:
         self._interrupted.clear()
         self._used_at[child.release.id] = time.monotonic()
         self._tally.calls += 1
+        if child.full:
+            print(f"the executor of GPU actor {self._slot} is replaced: {child.full}", flush=True)  # noqa: T201
+            self._recycled += 1
+            child.kill("recycled")
         entry.fail(entry.todo, FailureKind.UNSURE, "the executor gave no outcome")  # cannot happen; better than silence
 
     def _bury(self, child: Child) -> None:
@@ -397,16 +430,38 @@ class ActorShell:
         how = child.reap()
         release = child.release.id
         del self._children[release]
-        if child.ready is None:
-            self._note_failed_start(child, how)
+        fences = child.ready is None and self._note_failed_start(child, how)
         if self._active is not None and self._active[1] is child:
             entry, self._active = self._active[0], None
             self._interrupted.clear()
             self._take(entry, child, [])
+            fences = child.broke_device and self._blame_device(entry, child, how)
             self._charge(entry, child, how)
             if not entry.is_finished:
                 self._queue.appendleft(entry)
         child.close()
+        if fences:
+            self._fence()
+
+    def _blame_device(self, entry: Entry, child: Child, how: str) -> bool:
+        """Count a broken device; whether the GPU is to be fenced."""
+        tasks, is_faulty = self._tasks_of(entry, child) or entry.sent, child.code == EXIT_DEVICE_FAULTY
+        whose = frozenset(f"{entry.call.driver} {task.token.rpartition('.')[0] or task.token}" for task in tasks)
+        return self._breaker.body_broke(whose, tasks[0].name, how, is_faulty, time.monotonic())
+
+    def _fence(self) -> None:
+        """The GPU is not to be used: what waits goes back to its drivers, who may have other actors."""
+        print(f"GPU actor {self._slot} is fenced: {self._breaker.reason}", flush=True)  # noqa: T201 - Ray keeps it
+        for child in self._children.values():
+            child.kill("fenced")
+        for entry in self._queue:
+            entry.fail(entry.todo, FailureKind.LOST, f"fenced: {self._breaker.reason}")
+        self._queue.clear()
+
+    def _tasks_of(self, entry: Entry, child: Child) -> list[TaskCall]:
+        """Those that run now, or ran when the executor died."""
+        running = child.running()
+        return entry.sent[running.first : running.first + running.size] if running else []
 
     def _charge(self, entry: Entry, child: Child, how: str) -> None:
         running = child.running()
@@ -430,10 +485,11 @@ class ActorShell:
         if entry.idle_deaths >= MAX_IDLE_DEATHS:
             entry.fail(entry.todo, FailureKind.CRASHED if len(entry.todo) == 1 else FailureKind.SUSPECT, how)
 
-    def _note_failed_start(self, child: Child, how: str) -> None:
+    def _note_failed_start(self, child: Child, how: str) -> bool:
+        """Whether the GPU is to be fenced."""
         release = child.release.id
         if child.planned_end:
-            return
+            return False
         failures = self._failures[release] = self._failures.get(release, 0) + 1
         first, longest = BACKOFF_S
         self._retry_at[release] = time.monotonic() + min(longest, first * 2 ** (failures - 1))
@@ -443,6 +499,21 @@ class ActorShell:
             for entry in [entry for entry in self._queue if entry.call.release == release]:
                 entry.fail(entry.todo, FailureKind.LOST, f"executor does not start: {reason}")
                 self._queue.remove(entry)
+        is_device = child.failed.device if child.failed else child.step == STEP_DEVICE
+        if self._children:  # the GPU works for another release: at most there is no room for both
+            self._room = 1 if child.failed and child.failed.memory else self._room
+            return False
+        if child.failed and child.failed.memory:
+            return False  # somebody else has it, or too much is wanted of it
+        return is_device and self._breaker.start_failed(reason, time.monotonic())
+
+    def _look_at_starting(self, now: float) -> None:
+        """A device that hangs when it is touched does not answer at all: end its executor."""
+        for child in self._children.values():
+            is_stuck = child.ready is None and child.step == STEP_DEVICE and now - child.step_since > WARM_DEVICE_S
+            if is_stuck and child.failed is None:
+                child.failed = NotStarted(f"the device was not warm after {WARM_DEVICE_S:g} s", device=True)
+                child.process.kill()
 
     # limits and cancellation
 
@@ -509,7 +580,8 @@ class ActorShell:
     def _next_look(self) -> float:
         """Seconds until something must be looked at without being asked."""
         times = [1.0]
-        times += [at - time.monotonic() for at in self._retry_at.values() if at > time.monotonic()]
+        looks = [*self._retry_at.values(), self._breaker.probe_at]
+        times += [at - time.monotonic() for at in looks if at > time.monotonic()]
         if self._active is not None:
             entry, child = self._active
             running = child.running()
@@ -555,6 +627,8 @@ class ActorShell:
         device = child.device if child else DeviceState(0, 0, 0, {}, {})
         if self._closing:
             state, reason = ActorState.DRAINING, "finishes what it has, then ends"
+        elif self._breaker.is_fenced:
+            state, reason = ActorState.FENCED, self._breaker.reason
         elif ready is not None:
             state, reason = ActorState.READY, ""
         elif release in self._reasons:
@@ -589,6 +663,9 @@ class ActorShell:
             warm_for=child.warm_for() if child else (),
             accelerator=self._accelerator,
             share=self._limits.share,
+            recycled=self._recycled,
+            device_faults=self._breaker.total,
+            probe_in_s=max(0.0, self._breaker.probe_at - time.monotonic()) if self._breaker.is_fenced else None,
         )
 
     def _running_name(self) -> str:

@@ -26,6 +26,7 @@ from celery.worker.state import (
 
 from bridge import intake, visibility
 from bridge.errors import MessageInvalid, PayloadTooLarge
+from bridge.fence_events import FenceEvents
 from bridge.redis_channel import ask_in_groups
 from bridge.supervisor import GpuRequest
 
@@ -97,6 +98,7 @@ class HybridConsumer:
     task_consumer: Any
     timer: Any
     task_buckets: Any
+    event_dispatcher: Any
     _maximum_prefetch_restored: bool
 
     def __init__(self, on_task_request: Any, *args: Any, **kwargs: Any) -> None:
@@ -108,6 +110,7 @@ class HybridConsumer:
         self._look_due = math.inf  # when expired ones are looked for
         self._is_cautioned = False
         self._dropped: set[str] = set()  # ids of tasks that have just turned out to be another worker's
+        self._fence_events = FenceEvents()
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
@@ -220,6 +223,7 @@ class HybridConsumer:
         super().on_ready()  # type: ignore[misc]
         self._keep_visible()
         self.pool.vitals.consumes(self.task_consumer.channel, lambda: self._slots.waiting)
+        self.pool.gpu.listen(self._tell_fences)
         if self.app.conf.worker_disable_prefetch and self.connection.transport.driver_type == "redis":
             qos = self.task_consumer.channel.qos
             qos.can_consume = lambda: self._has_room() and bool(type(qos).can_consume(qos))
@@ -261,6 +265,11 @@ class HybridConsumer:
                 request.execute_using_pool = functools.partial(_drop, request)
                 if request in self._waiting:
                     self.pool.gpu.withdraw(self._waiting[request], functools.partial(self._start, request))
+
+    def _tell_fences(self) -> None:
+        if self.event_dispatcher:
+            for kind, fields in self._fence_events.changes(self.pool.gpu.report["actors"]):
+                self.event_dispatcher.send(kind, **fields)
 
     def _has_room(self) -> bool:
         reserved = tuple(reserved_requests)

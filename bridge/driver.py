@@ -297,7 +297,8 @@ class Driver:
     def _no_actor(self, name: str) -> BridgeError:
         """Why a task cannot run anywhere now."""
         if not self._roster.ready:
-            return ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s")
+            why = self._roster.why_fenced()
+            return ClusterUnavailable(f"no GPU actor was ready for {self._settings.cluster_wait_s:g} s{why}")
         return NoSuitableGpu(name, self._marks[name].gpu.needs(), self._roster.describe())
 
     @property
@@ -445,7 +446,7 @@ class Driver:
             self._fleet.forget(actor, call_id)
             reply = Reply(tuple(Failed(t.token, without, without.name, reason) for t in call.tasks), 0.0)
         elif isinstance(reply, Busy):
-            self._put_back(call_id, actor, call)
+            self._put_back(call_id, actor, call, reply.reason)
             return
         elif actor in self._roster.ready:
             self._events.append(ActorBusy(actor, reply.queue_s))
@@ -461,10 +462,10 @@ class Driver:
         if call.tasks:
             self._fleet.collect(actor, call)
 
-    def _put_back(self, call_id: str, actor: int, call: Call) -> None:
-        """The actor's queue is full: its tasks wait here, and it is asked again after the next beat."""
+    def _put_back(self, call_id: str, actor: int, call: Call, why: str) -> None:
+        """The actor takes nothing now: its tasks wait here, and it is asked again after the next beat."""
         del self._calls[call_id]
-        self._lose_actor(actor, "its queue is full")
+        self._lose_actor(actor, why)
         for sent in call.tasks:
             self._events.append(TaskFinished(sent.token, None))
             if sent.token in self._by_token:

@@ -39,6 +39,11 @@ class Drivers:
         for each in self._all:
             each.register(hub)
 
+    def listen(self, on_report: Callable[[], None]) -> None:
+        """Have `on_report` called when `report` is new."""
+        for each in self._all:
+            each.on_report = on_report
+
     def stop(self) -> None:
         """End them; they leave their actors warm."""
         for each in self._all:

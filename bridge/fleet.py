@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from actors import gpu_actor
+from actors.breaker import BreakerRules
 from actors.contract import ActorState, Busy, Call, Config, Health, Reason, Reply
 from actors.entries import Limits
 from bridge.cluster import Connected, answers, connect, find_cluster, identity, look
@@ -92,6 +93,7 @@ class _Slot:
         self.greeted = False
         self.pid = 0  # of the actor's process, once heard
         self.ready = False
+        self.fenced = False
 
 
 class Fleet:
@@ -332,7 +334,7 @@ class Fleet:
             if slot is not None and slot.pid == pid:
                 slot.handle.drain.remote()
                 return
-            if slot is not None and self._belongs(slot.place) and not slot.ready:
+            if slot is not None and self._belongs(slot.place) and not (slot.ready or slot.fenced):
                 return
             if slot is None and self._was_kept(number):
                 return
@@ -348,6 +350,7 @@ class Fleet:
         limits = Limits(
             s.inline_limit_bytes, s.queued_tasks, s.reply_after_s, s.lease_s, s.keep_warm_s, s.grace_s, keep_idle_s,
             self._needs.share,
+            BreakerRules(s.fence_after, s.fence_window_s, s.fence_good_tasks, tuple(s.fence_probe_s)),
         )  # fmt: skip
         options = gpu_actor.options(
             place.name, self._namespace, s.actor_cpus, self._needs.share, place.accelerator or None
@@ -372,6 +375,7 @@ class Fleet:
         slot.asked = False
         slot.heard_at = time.monotonic()
         slot.ready = isinstance(answer, Health) and answer.state is ActorState.READY
+        slot.fenced = isinstance(answer, Health) and answer.state is ActorState.FENCED
         if isinstance(answer, Health):
             slot.pid = answer.pid
             slot.greeted = answer.knows_release  # an actor that came back has forgotten it

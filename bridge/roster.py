@@ -19,11 +19,14 @@ class Roster:
         self._driver_id = driver_id
         self._cluster: dict[str, Any] | None = None
         self._rows: dict[int, dict[str, Any]] = {}
+        self._fenced: set[int] = set()
 
     def change(self, slot: int, health: Health | None, reason: str) -> list[Event]:
         """An actor has given its account, or none, and `reason` says why; what that means to the scheduler."""
         row = health._asdict() if health is not None else {**self._rows.get(slot, {}), "slot": slot, "state": "lost"}
         self._rows[slot] = row | {"slot": slot, **({"reason": reason} if reason else {})}
+        if health is not None:
+            self._note_fence(slot, health)
         if health is not None and health.state is ActorState.DRAINING:
             if slot in self.ready:
                 logger.info("GPU actor %d is ending: %s", slot, health.reason)  # as planned: no alarm
@@ -43,10 +46,28 @@ class Roster:
         self.ready.discard(slot)
         return [ActorLost(slot)]
 
+    def _note_fence(self, slot: int, health: Health) -> None:
+        """Say once that an actor's GPU is fenced, and once that it is not any more."""
+        if health.state is ActorState.FENCED and slot not in self._fenced:
+            self._fenced.add(slot)
+            logger.error(
+                "the GPU of actor %d on %s is fenced: %s; it is tried again in %.0f s, or after `control gpu_restart`",
+                slot, health.node, health.reason, health.probe_in_s or 0.0,
+            )  # fmt: skip
+        elif health.state is not ActorState.FENCED and slot in self._fenced:
+            self._fenced.discard(slot)
+            logger.warning("the GPU of actor %d on %s is not fenced any more", slot, health.node)
+
+    def why_fenced(self) -> str:
+        """The reasons of fenced actors, as the end of a sentence; "" without any."""
+        fenced = [row for row in self._rows.values() if row["state"] == ActorState.FENCED]
+        return "".join(f"; the GPU of actor {row['slot']} is fenced: {row['reason']}" for row in fenced)
+
     def release(self, slot: int) -> list[Event]:
         """An actor has ended that is not always there."""
         logger.info("GPU actor %d has ended; another comes when work waits for it", slot)
         self.ready.discard(slot)
+        self._fenced.discard(slot)
         self._rows.pop(slot, None)
         return [ActorLost(slot)]
 

@@ -51,6 +51,11 @@ class Settings(BaseSettings):
     resident_limit: str = Field(
         "50%", description="what residents may hold on a device together: bytes such as 8GiB, or a share such as 50%"
     )
+    left_limit: str = Field(
+        "25%",
+        description="an executor whose bodies have left more than this behind on the device is replaced: bytes such as "
+        "8GiB, or a share such as 25%; 0 for never",
+    )
     min_actors: int | None = Field(
         None, ge=0, description="actors that stay although nothing is to do; default one for each GPU of the cluster"
     )
@@ -83,6 +88,18 @@ class Settings(BaseSettings):
     grace_s: float = Field(5.0, gt=0, description="a cancelled body that goes on is ended with its executor after this")
     keep_warm_s: float = Field(300.0, gt=0, description="actors outlive the last worker by this")
     lease_s: float = Field(10.0, gt=0, description="queued tasks of a driver not heard of for this long are dropped")
+    fence_after: int = Field(
+        3, ge=1, description="a GPU is fenced after this many faults of different tasks within BRIDGE_FENCE_WINDOW_S"
+    )
+    fence_window_s: float = Field(600.0, gt=0, description="older faults of a GPU do not count")
+    fence_good_tasks: int = Field(
+        100, ge=1, description="after so many tasks without a fault the earlier faults of a GPU are forgotten"
+    )
+    fence_probe_s: list[float] = Field(
+        [60.0, 300.0, 1800.0],
+        min_length=1,
+        description="JSON list: a fenced GPU is tried again after the first pause, then the second, then ever the last",
+    )
     beat_s: float = Field(2.0, gt=0, description="how often the driver asks actors for their health")
 
     # health (bridge/health.py)

@@ -108,6 +108,7 @@ class DriverSupervisor:
         self._unsettled: set[int] = set()  # restarting: the driver has not said whether these have started
         self._restart_at: float | None = None
         self.report: dict[str, Any] = {"actors": []}
+        self.on_report: Callable[[], None] = _nothing
         self._driver_id = ""
         self._start_error: tuple[str, str] | None = None
 
@@ -395,6 +396,7 @@ class DriverSupervisor:
             self._start_error = message.error
             if any(actor["state"] == ActorState.READY for actor in message.fleet["actors"]):
                 self._failures = 0  # it has started well: should it die, the next one need not wait
+            _call(self.on_report)
             return
         request = self._requests.get(message.serial)
         self._unsettled.discard(message.serial)

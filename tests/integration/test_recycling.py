@@ -1,0 +1,105 @@
+"""What bodies leave behind: device memory, a changed directory, a changed environment. With real executors.
+
+NumPy's device counts nothing, so the app counts for it what it keeps in a global.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from actors.contract import ActorState, FailureKind
+from tests.integration import test_executor as executors
+from tests.integration.test_executor import make_config, value
+from tests.support.services import wait_for
+
+APP = """
+import os
+import numpy
+from celery import Celery
+from actors.device import CpuDevice
+from bridge import resident
+
+KIB = 1024
+kept, models = [], []
+CpuDevice.pooled_bytes = lambda self: sum(each.nbytes for each in kept + models)
+app = Celery("leaky", broker="memory://")
+
+@resident
+def model(number):
+    models.append(numpy.zeros(50 * KIB, "uint8"))
+    return models[-1]
+
+@app.task(name="l.leaks")
+def leaks(kib):
+    kept.append(numpy.zeros(kib * KIB, "uint8"))
+    return os.getpid()
+
+@app.task(name="l.loads")
+def loads(number):
+    model(number)
+    return os.getpid()
+
+@app.task(name="l.where")
+def where(): return os.getcwd(), os.environ.get("HOME"), os.environ.get("LEFT_BEHIND")
+
+@app.task(name="l.roams")
+def roams(folder):
+    os.chdir(folder)
+    os.environ["LEFT_BEHIND"] = "x"
+    del os.environ["HOME"]
+    return os.getcwd()
+
+@app.task(name="l.no_memory")
+def no_memory(): raise MemoryError("no room for 5 arrays")
+"""
+TASKS = ["l.leaks", "l.loads", "l.where", "l.roams", "l.no_memory"]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("leaky")
+    (folder / "leaky.py").write_text(APP)
+    limits = {"memory_limit": "200KiB", "resident_limit": "60%", "left_limit": "25%"}
+    driver = executors.Driver().hello(make_config(folder, "leaky", module="leaky", tasks=TASKS, **limits))
+    yield driver
+    driver.end()
+
+
+def task(name, *args):
+    return executors.task(f"l.{name}", *args)
+
+
+def test_an_executor_whose_bodies_leave_too_much_behind_is_replaced(driver, capfd):
+    before, recycled = driver.executor, driver.health.recycled
+    assert driver.values(task("loads", 1), task("leaks", 20), task("leaks", 20)) == [before] * 3
+    assert driver.values(task("where"), task("loads", 1))[1] == before, "40 of 50 KiB, and a resident is no leak"
+    assert driver.values(task("leaks", 20), task("leaks", 1)) == [before] * 2, "what is in its call is finished"
+    (after,) = driver.values(task("leaks", 1))
+    assert after != before
+    health = driver.health
+    assert (health.recycled, health.crashes) == (recycled + 1, 0), "planned: nobody is charged"
+    said = capfd.readouterr().out
+    assert f"its bodies have left {61 << 10} bytes behind on the device, l.leaks {61 << 10} of them" in said
+
+
+def test_calls_that_come_meanwhile_wait_for_the_successor(driver):
+    wait_for(lambda: driver.health.state is ActorState.READY, "the executor")
+    first = driver.send(task("leaks", 60))
+    others = [driver.send(task("leaks", 1)) for _ in range(3)]
+    old, later = value(first.outcomes()[0]), {value(each.outcomes()[0]) for each in others}
+    assert len(later) == 1 and later != {old}
+
+
+def test_the_next_body_finds_the_old_directory_and_environment(driver, tmp_path):
+    before = driver.values(task("where"))
+    moved, after = driver.values(task("roams", str(tmp_path)), task("where"))
+    assert moved == str(tmp_path)
+    assert before == [after] and after == (str(Path(driver.config.release.workdir)), os.environ["HOME"], None)
+
+
+def test_out_of_memory_says_how_full_the_device_is(driver):
+    (failed,) = driver.outcomes(task("no_memory"))
+    assert failed.kind is FailureKind.OUT_OF_MEMORY
+    assert failed.message.startswith("no room for 5 arrays; of the device's 200 KiB ")
+    assert "are in use" in failed.message and "by residents" in failed.message
