@@ -47,6 +47,10 @@ def executors(info):
     return {actor["slot"]: actor["executor_pid"] for actor in info["actors"] if actor["state"] == "ready"}
 
 
+def busy(info):
+    return sum(bool(actor.get("running")) for actor in info["actors"])
+
+
 def test_workers_that_start_at_once_share_one_set_of_actors(gpus):
     left, right = wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()) and gpus(), "both to see both")
     assert executors(left) == executors(right) and len(left["actors"]) == len(right["actors"]) == 2
@@ -57,11 +61,10 @@ def test_the_tasks_of_a_lost_node_run_again_on_the_gpus_that_are_left(site, gpus
     node = site[0]
     wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
     logs = {name: tmp_path / name for name in ("one", "two")}
-    results = {
-        name: producer.send_task("lossy.holds.late", [str(log), str(tmp_path / f"{name}-go")], queue="nodes")
-        for name, log in logs.items()
-    }
-    wait_for(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs.values()), "both to run")
+    results = {}
+    for number, (name, log) in enumerate(logs.items(), 1):
+        results[name] = producer.send_task("lossy.holds.late", [str(log), str(tmp_path / f"{name}-go")], queue="nodes")
+        wait_for(lambda n=number: all(busy(info) == n for info in gpus()), "both workers to know which GPUs are busy")
     there = {each.pid for each in psutil.Process(node.pid).children(recursive=True)}
     ran = {name: int(log.read_text().split()[1]) for name, log in logs.items()}
     lost = next(name for name, pid in ran.items() if pid in there)
