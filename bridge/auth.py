@@ -19,7 +19,7 @@ def use_token() -> str:
     elif os.environ.get("RAY_AUTH_TOKEN_PATH"):
         source = os.environ["RAY_AUTH_TOKEN_PATH"]
     elif TOKEN_FILE.expanduser().is_file():
-        source = str(TOKEN_FILE)
+        source = str(TOKEN_FILE.expanduser())  # whose home, is the question when it is refused
     else:
         source = ""
     if source and not mode:
