@@ -97,7 +97,7 @@ def test_a_redis_that_restarts_and_loads(site, tmp_path):
 
 
 def said(port):
-    """What Redis answers to a PING; nothing while it does not listen. The client library's retries would hide LOADING."""
+    """What Redis answers to a PING; nothing while it does not listen. The client library's retries would hide it."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"PING\r\n")
         return connection.recv(64)
