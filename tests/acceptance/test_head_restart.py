@@ -124,5 +124,6 @@ def test_a_head_that_forgets_costs_what_was_running(start, producer):
     site.release("late")
     assert late.get(**GET) == "done"
     assert (site.runs("early"), site.runs("late")) == (1, 1)
+    assert "no GPU actor has it" not in site.worker.output, "the new actor suits"
     now = site.gpu()
     assert now["driver"] != before["driver"] and not psutil.pid_exists(before["driver"])
