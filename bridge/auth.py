@@ -19,7 +19,7 @@ def use_token() -> str:
     elif os.environ.get("RAY_AUTH_TOKEN_PATH"):
         source = os.environ["RAY_AUTH_TOKEN_PATH"]
     elif TOKEN_FILE.expanduser().is_file():
-        source = str(TOKEN_FILE)
+        source = str(TOKEN_FILE.expanduser())  # whose home, is the question when it is refused
     else:
         source = ""
     if source and not mode:
@@ -31,3 +31,13 @@ def exposed(source: str) -> bool:
     """Whether other users of this machine may read the token; `source` as `use_token` returns it."""
     path = Path(source).expanduser()
     return bool(source) and path.is_file() and bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+
+
+def is_unreadable(source: str) -> bool:
+    """Whether the token's file, if it is in one, gives no token; `source` as `use_token` returns it."""
+    if source in ("", "RAY_AUTH_TOKEN"):
+        return False
+    try:
+        return not Path(source).expanduser().read_text().strip()
+    except OSError:
+        return True

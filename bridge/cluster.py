@@ -11,7 +11,7 @@ import ray.exceptions
 
 from actors.contract import Config, Health
 from actors.trial import Trial, try_executor
-from bridge.auth import TOKEN_FILE, exposed, use_token
+from bridge.auth import TOKEN_FILE, exposed, is_unreadable, use_token
 from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError, as_text
 from bridge.places import Node, nodes
 
@@ -91,6 +91,8 @@ def _connect_error(error: Exception, address: str, token: str) -> StartupError:
     unauthenticated = any(word in text.lower() for word in ("auth", "token", "unauthenticated"))
     if isinstance(error, ray.exceptions.AuthenticationError) or unauthenticated or answers(address):
         used = f"the token from {token} was refused" if token else "no token was found"
+        if is_unreadable(token):
+            used = f"the token file {token} is empty or cannot be read"
         return ClusterAuthFailed(
             f"the Ray cluster at {address} did not let this worker in: {used}. Copy the head's token "
             f"(`ray get-auth-token` there) to {TOKEN_FILE} with mode 0600, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"

@@ -164,11 +164,12 @@ class Driver:
             if self._wake_at is not None and time.monotonic() >= self._wake_at:
                 self._wake_at = None
                 self._events.append(Tick())
-            if self._look_alarm.is_due():
-                self._look_at_waiting()
             if code is None and self._report_alarm.is_due():  # the last word of a driver that ends is its error
                 self._send_report()
             self._turn()
+            if self._look_alarm.is_due():  # after the turn: an actor that has just become ready has taken what it can
+                self._look_at_waiting()
+                self._turn()
             self._results.flush()
             written = self._flush()
             if written and self._unsent:  # the worker has taken what was in their way
@@ -286,13 +287,9 @@ class Driver:
             if now - stranded.since >= longest:
                 self._cancel_quietly(stranded.token)
                 self._refuse(task, self._no_actor(stranded.name))
-            elif self._is_in_vain(stranded.name, now - stranded.since):
+            elif self._roster.ready and now - stranded.since > GROW_AFTER_S and stranded.name not in self._warned:
                 self._warned.add(stranded.name)
                 logger.warning("%s waits up to %g s: %s", stranded.name, longest, self._no_actor(stranded.name))
-
-    def _is_in_vain(self, name: str, waited_s: float) -> bool:
-        """Whether it is to be said that no actor suits; one that has become ready in this very turn may."""
-        return bool(self._roster.ready) and not self._events and waited_s > GROW_AFTER_S and name not in self._warned
 
     def _no_actor(self, name: str) -> BridgeError:
         """Why a task cannot run anywhere now."""

@@ -92,6 +92,8 @@ def _start_ray(folder: Path, at_end: ExitStack, progress: Progress) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false"]
+    # Fixed by default; Ray lets two clusters listen on one port, and whoever connects gets either.
+    command += [f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0"]
     command += [] if count_gpus() else ["--num-gpus=1"]  # a logical one: same path, NumPy below it
     process = _spawn(command, folder / "ray.log", at_end)
     os.environ["BRIDGE_RAY_ADDRESS"] = f"127.0.0.1:{port}"

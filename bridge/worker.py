@@ -138,6 +138,7 @@ def load_app(line: CommandLine) -> Any:
     }.items():
         value = line.value(*names)
         if value:
+            _warn_of_password(names[0], variable, value)
             os.environ[variable] = value
     name = line.value("-A", "--app") or os.environ.get("CELERY_APP")
     if not name:
@@ -161,6 +162,19 @@ def load_app(line: CommandLine) -> Any:
         from bridge.errors import as_text
 
         raise AppNotImportable(f"importing the app {name!r} failed: {as_text(error)}{_place(error)}") from error
+
+
+def _warn_of_password(option: str, variable: str, value: str) -> None:
+    """Command lines are for every user of the machine to see."""
+    from urllib.parse import urlsplit
+
+    try:
+        has_password = bool(urlsplit(value).password)
+    except ValueError:
+        return
+    if has_password:
+        text = f"other users of this machine can read the password after {option}: set {variable}, or the app's setting"
+        print(f"bridge: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _place(error: BaseException) -> str:

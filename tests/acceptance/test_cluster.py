@@ -67,6 +67,9 @@ def test_a_cluster_with_a_token_lets_in_who_has_it_and_tells_others(cluster, env
     code, said, output = run("-A", "tests.apps.shop:app", env={**base, "RAY_AUTH_TOKEN": "f" * 64})
     assert code == 69 and "RAY_AUTH_TOKEN was refused" in the_line(said, output)
     assert secret not in output and "f" * 64 not in output
+    missing = str(tmp_path / "missing")
+    code, said, output = run("-A", "tests.apps.shop:app", env={**base, "RAY_AUTH_TOKEN_PATH": missing})
+    assert code == 69 and f"the token file {missing} is empty or cannot be read" in the_line(said, output)
 
 
 def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, tmp_path):
@@ -95,12 +98,22 @@ def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, t
     assert worker.stop() == 0
 
 
-def test_a_cluster_of_another_ray_version(cluster, environment, monkeypatch):
-    disguise = "import ray; ray.__version__ = '2.59.0'; from ray.scripts.scripts import main; main()"
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ("'2.59.0', '.'.join(map(str, sys.version_info[:3]))", ("Ray 2.59.0", "Ray 2.60")),
+        ("ray.__version__, '3.10.1'", ("Python 3.10.1", "Python 3.1")),
+    ],
+)
+def test_a_cluster_of_other_versions(cluster, environment, versions, words):
+    disguise = (
+        f"import sys, ray, ray._private.utils as u; u.compute_version_info = lambda: ({versions}); "
+        "from ray.scripts.scripts import main; main()"
+    )
     ray = cluster(launcher=[sys.executable, "-c", disguise])
     code, said, output = run("-A", "tests.apps.shop:app", env={**environment, "BRIDGE_RAY_ADDRESS": ray.address})
     line = the_line(said, output)
-    assert code == 70 and "Ray 2.59.0" in line and "Ray 2.60" in line
+    assert code == 70 and all(word in line for word in words)
 
 
 def test_a_cluster_without_gpus(cluster, environment):
@@ -123,8 +136,9 @@ def test_an_app_that_gpu_nodes_cannot_import(environment, tmp_path):
 
 
 def test_without_an_address_the_cluster_ray_start_brought_up_on_this_host_is_used(cluster, environment, tmp_path):
-    ray = cluster(own_folder=False)
+    ray = cluster(own_folder=False, env={"RAY_AUTH_MODE": "disabled"})
     env = {key: value for key, value in environment.items() if key != "BRIDGE_RAY_ADDRESS"}
-    worker = Worker(tmp_path, "-c", "1", "-Q", "none", env=env)
+    worker = Worker(tmp_path, "-c", "1", "-Q", "none", env={**env, "HOME": str(tmp_path)})
     assert f":{ray.port} (Ray" in worker.output
+    assert "asks for no token: whoever reaches its ports can run code on its nodes" in worker.output
     assert worker.stop() == 0

@@ -1,6 +1,7 @@
 """The fleet follows the cluster and the work: bounds, idle actors, fractions, GPU models, nodes that join."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -145,7 +146,8 @@ def test_waiting_work_shows_in_ray_as_demand_until_it_is_done(start, tmp_path):
 
     def demand():
         command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={fleet.cluster.address}"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        env = {**os.environ, "RAY_AUTH_MODE": "token"}
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env).stdout
         return "GPU" in said.partition("Demands:")[2] and said
 
     wait_for(demand, "the pending actor in `ray status`")

@@ -213,3 +213,17 @@ def test_help_names_every_setting(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "--standalone" in text
     assert all(f"BRIDGE_{name.upper()} " in text for name in Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_said"),
+    [("redis://:hidden@host/0", True), ("redis://user@host/0", False), ("redis://host/0", False), ("redis://[", False)],
+)
+def test_a_password_on_the_command_line_is_said_and_not_repeated(monkeypatch, capsys, url, is_said):
+    monkeypatch.setenv("CELERY_BROKER_URL", "")  # as before afterwards
+    monkeypatch.setenv("CELERY_APP", "")
+    with pytest.raises(AppNotImportable):
+        worker._load_app(parse(["-A", "no.such.app", "-b", url]))
+    said = capsys.readouterr().err
+    assert ("can read the password after -b: set CELERY_BROKER_URL" in said) is is_said
+    assert "hidden" not in said
