@@ -5,18 +5,23 @@ message, does not get that far: here it costs only itself.
 """
 
 import bz2
+import decimal
+import json
 import logging
 import lzma
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import signals
 from celery.app.task import Context
+from celery.exceptions import InvalidTaskError
 from celery.worker.consumer import consumer as celery_consumer
 from kombu import compression
+from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport import redis as kombu_redis
+from kombu.utils.json import register_type
 from redis.exceptions import DataError
 
 from bridge.errors import MessageInvalid, PayloadTooLarge, TaskError
@@ -31,6 +36,8 @@ MOST_NAME_CHARS = 1024
 MOST_TEXT_CHARS = 200
 
 
+#: Digits before or after the point of a number; Python's own bound for texts that become an int.
+MOST_DIGITS = 4300
 #: What kombu raises where a text in a queue is no message, or one with odd properties.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DataError)
 
@@ -176,11 +183,15 @@ def _store(app: Any, task_id: str, name: str, headers: dict[str, Any], error: Ta
         app.backend.mark_as_failure(task_id, error, request=Context(id=task_id, task=name))
 
 
-# ---- compressed bodies
+# ---- small texts that become large
 
 
-def limit_decompression(limit: int) -> None:
-    """Let kombu, in this process, decompress no more than a body may have; brotli's library has no such bound."""
+def bound_decoding(limit: int) -> None:
+    """Let kombu, in this process, decompress no more than a body may have; brotli's library has no such bound.
+
+    And no JSON text of a few characters becomes a number of a billion digits, which takes hours to make an int of.
+    """
+    register_type(decimal.Decimal, "decimal", str, _decimal)
     bounds: dict[str, Callable[[], Any]] = {
         "application/x-gzip": zlib.decompressobj,
         "application/x-bz2": bz2.BZ2Decompressor,
@@ -192,6 +203,13 @@ def limit_decompression(limit: int) -> None:
     for content_type, make in bounds.items():
         encode, _ = compression.get_encoder(content_type)
         compression.register(encode, _bounded(make, limit), content_type)
+
+
+def _decimal(text: str) -> decimal.Decimal:
+    number = decimal.Decimal(text)
+    if number.is_finite() and abs(number.adjusted()) > MOST_DIGITS:
+        raise InvalidTaskError(f"numbers of more than {MOST_DIGITS} digits are refused")
+    return number
 
 
 def _bounded(make: Callable[[], Any], limit: int) -> Callable[[bytes], bytes]:
@@ -227,29 +245,38 @@ def shorten_logs() -> None:
 class _Shorten(logging.Filter):
     """Takes what a producer wrote out of a record: bodies, headers, and errors that quote them."""
 
-    _TEXTS = (
-        celery_consumer.UNKNOWN_FORMAT,
-        celery_consumer.UNKNOWN_TASK_ERROR,
-        celery_consumer.INVALID_TASK_ERROR,
-        celery_consumer.MESSAGE_DECODE_ERROR,
-        "Could not restore message: %r",
-    )
+    #: Celery's and kombu's texts, and which of their arguments may be shown.
+    _SHOWN: ClassVar[dict[str, tuple[int, ...]]] = {
+        celery_consumer.UNKNOWN_FORMAT: (),
+        celery_consumer.UNKNOWN_TASK_ERROR: (0, 3),  # the name; the queue
+        celery_consumer.INVALID_TASK_ERROR: (0,),  # the reason
+        celery_consumer.MESSAGE_DECODE_ERROR: (0, 1, 2),  # the reason; content type and encoding
+        "Could not restore message: %r": (),
+    }
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record; it is always logged."""
-        if record.msg in self._TEXTS:
+        shown = self._SHOWN.get(record.msg) if isinstance(record.msg, str) else None
+        if shown is not None:
             found = record.args if isinstance(record.args, tuple) else (record.args,)
-            record.args = tuple(map(_short, found))
+            record.args = tuple(_short(each) if n in shown else _size(each) for n, each in enumerate(found))
             record.exc_info = record.exc_text = None
         return True
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, BaseException):
-        # kombu's DecodeError repeats what it wraps, and some of those quote all they were given
-        text = str(value) if isinstance(value, KeyError | celery_consumer.InvalidTaskError) else ""
-        text = text or str(getattr(value, "reason", "") or "")
-        return f"{type(value).__name__}: {text[:MOST_TEXT_CHARS]}" if text else type(value).__name__
-    if value is None or isinstance(value, int | float):
-        return value
-    return f"({len(value)} long, not shown)" if isinstance(value, str | bytes | dict | list) else type(value).__name__
+def _size(value: Any) -> str:
+    """In place of a body or headers; of headers the id is told."""
+    if isinstance(value, dict):
+        return f"({len(value)} headers, not shown; id {str(value.get('id'))[:MOST_TEXT_CHARS]})"
+    return f"({len(value)} characters, not shown)" if isinstance(value, str) else f"({type(value).__name__}, not shown)"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, DecodeError) and value.__cause__ is not None:
+        value = value.__cause__
+    if not isinstance(value, BaseException):
+        return str(value)[:MOST_TEXT_CHARS]
+    # Others may quote all they were given: a body that is no UTF-8, a value of an unknown type.
+    quotes_nothing = isinstance(value, KeyError | InvalidTaskError | ContentDisallowed | json.JSONDecodeError)
+    text = str(value) if quotes_nothing else str(getattr(value, "reason", ""))
+    return f"{type(value).__name__}: {text}"[:MOST_TEXT_CHARS] if text else type(value).__name__
