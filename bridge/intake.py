@@ -272,8 +272,8 @@ def _size(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, DecodeError) and value.__cause__ is not None:
-        value = value.__cause__
+    if isinstance(value, DecodeError) and value.args and isinstance(value.args[0], Exception):
+        value = value.args[0]  # what it wraps
     if not isinstance(value, BaseException):
         return str(value)[:MOST_TEXT_CHARS]
     # Others may quote all they were given: a body that is no UTF-8, a value of an unknown type.
