@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -42,6 +43,11 @@ MOST_DIGITS = 4300
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DataError)
 
 
+#: What marks a message of kombu's whose body has been cut out.
+CUT = "bridge-body-cut"
+_BODY = re.compile(rb'"body"\s*:\s*"')
+
+
 class TooMuch(Exception):
     """A compressed body holds more than the limit."""
 
@@ -69,7 +75,7 @@ def refusal(message: Any, limit: int) -> TaskError | None:
     name = headers.get("task", "")
     if not _is_name(name) or (name and not _is_name(headers.get("id"))):
         return MessageInvalid("a message whose task or id is no text, or is longer than a name")
-    if len(message.body) > limit:
+    if len(message.body) > limit or CUT in getattr(message, "_raw", ()):
         return PayloadTooLarge(name, limit)
     reason = _odd_header(headers)
     return MessageInvalid(f"{name}: {reason}") if reason else None
@@ -116,6 +122,43 @@ def _is_limit(value: Any) -> bool:
         return value is None or math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def without_large_body(raw: bytes, limit: int) -> bytes:
+    """A message as it lies in Redis; a body beyond the limit is cut out, so that it is never parsed nor noted.
+
+    Args:
+        raw: JSON text, of any size.
+        limit: bytes of a body, which travels as base64.
+    """
+    if len(raw) <= limit * 4 // 3 + 2 * MOST_HEADER_CHARS:
+        return raw
+    found = _BODY.search(raw)
+    start = found.end() if found else len(raw)
+    end = raw.find(b'"', start)  # base64 has none; after any other body the rest is no JSON
+    rest = len(raw) - (end - start)
+    if end < 0 or rest > 2 * MOST_HEADER_CHARS:
+        return b""
+    return b'{"%s": true, ' % CUT.encode() + raw[:start].lstrip()[1:] + raw[end:]
+
+
+class BoundedChannel:
+    """Mixed into kombu's channel classes for Redis: large bodies are cut out of what BRPOP brings."""
+
+    largest_body = math.inf
+
+    def _create_client(self, *args: Any, **kwargs: Any) -> Any:
+        client = super()._create_client(*args, **kwargs)  # type: ignore[misc]
+        parse = client.parse_response
+
+        def parse_response(connection: Any, command_name: str, **options: Any) -> Any:
+            answer = parse(connection, command_name, **options)
+            if command_name == "BRPOP" and answer and self.largest_body < math.inf:
+                return answer[0], without_large_body(answer[1], int(self.largest_body))
+            return answer
+
+        client.parse_response = parse_response
+        return client
 
 
 def drop_unreadable(error: Exception, is_message: bool) -> None:

@@ -129,3 +129,11 @@ def test_bodies_beyond_the_limit(server, worker, app, fine, kind):
     assert memory(worker) - before < MOST_GROWTH
     assert app.send_task(f"messages.{kind}.same", ["x" * (LIMIT // 2)], queue=QUEUE).get(**GET) == "x" * (LIMIT // 2)
     says_nothing(server, worker)
+
+
+def test_a_lost_connection_tells_no_password(server, worker, fine):
+    fine()
+    server.client.client_kill_filter(_type="normal", skipme=True)
+    worker.says("Connection to broker lost")
+    fine()
+    says_nothing(server, worker)

@@ -1,6 +1,7 @@
 """Whatever lies in a Redis list, through the real channel and Celery's own consumer: nothing is raised or stays."""
 
 import json
+import tracemalloc
 import uuid
 from types import SimpleNamespace
 
@@ -69,7 +70,7 @@ class Intake:
         self.consumer.qos = QoS(lambda **_: None, 100)
         self.consumer.event_dispatcher = None
         self.consumer.update_strategies()
-        tasks = self.app.amqp.TaskConsumer(
+        tasks = self.consumer.task_consumer = self.app.amqp.TaskConsumer(
             self.connection.default_channel, [self.app.amqp.queues.select_add(QUEUE)],
             on_decode_error=self.consumer.on_decode_error,
         )  # fmt: skip
@@ -201,3 +202,16 @@ def test_large_bodies(intake, name):
         assert intake.take(raw) == []
         stored = json.loads(intake.redis.get(f"celery-task-meta-{own}"))
         assert (stored["status"], stored["result"]["exc_type"]) == ("FAILURE", "PayloadTooLarge")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_very_large_body_is_cut_out_before_it_is_parsed(intake, name):
+    own = str(uuid.uuid4())
+    body = hostile.encoded(b"x" * 50_000_000)
+    tracemalloc.start()
+    assert intake.take(hostile.envelope(QUEUE, {"task": name, "id": own}, body)) == []
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * len(body), "sending takes some; kombu alone would make it seven times"
+    stored = json.loads(intake.redis.get(f"celery-task-meta-{own}"))
+    assert (stored["status"], stored["result"]["exc_type"]) == ("FAILURE", "PayloadTooLarge")
