@@ -126,7 +126,8 @@ class HybridConsumer:
         handler = super().create_task_handler(*args, **kwargs)  # type: ignore[misc]
         if not self.pool.marks:
             return handler
-        intake.limit_decompression(self.pool.settings.max_body_bytes)
+        self.task_consumer.channel.largest_body = self.pool.settings.max_body_bytes
+        intake.bound_decoding(self.pool.settings.max_body_bytes)
         intake.shorten_logs()
         return intake.guarded(self, handler, self.pool.settings.max_body_bytes)
 

@@ -5,18 +5,24 @@ message, does not get that far: here it costs only itself.
 """
 
 import bz2
+import decimal
+import json
 import logging
 import lzma
 import math
+import re
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import signals
 from celery.app.task import Context
+from celery.exceptions import InvalidTaskError
 from celery.worker.consumer import consumer as celery_consumer
 from kombu import compression
+from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport import redis as kombu_redis
+from kombu.utils.json import register_type
 from redis.exceptions import DataError
 
 from bridge.errors import MessageInvalid, PayloadTooLarge, TaskError
@@ -31,8 +37,15 @@ MOST_NAME_CHARS = 1024
 MOST_TEXT_CHARS = 200
 
 
+#: Digits before or after the point of a number; Python's own bound for texts that become an int.
+MOST_DIGITS = 4300
 #: What kombu raises where a text in a queue is no message, or one with odd properties.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DataError)
+
+
+#: What marks a message of kombu's whose body has been cut out.
+CUT = "bridge-body-cut"
+_BODY = re.compile(rb'"body"\s*:\s*"')
 
 
 class TooMuch(Exception):
@@ -62,7 +75,7 @@ def refusal(message: Any, limit: int) -> TaskError | None:
     name = headers.get("task", "")
     if not _is_name(name) or (name and not _is_name(headers.get("id"))):
         return MessageInvalid("a message whose task or id is no text, or is longer than a name")
-    if len(message.body) > limit:
+    if len(message.body) > limit or CUT in getattr(message, "_raw", ()):
         return PayloadTooLarge(name, limit)
     reason = _odd_header(headers)
     return MessageInvalid(f"{name}: {reason}") if reason else None
@@ -109,6 +122,43 @@ def _is_limit(value: Any) -> bool:
         return value is None or math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def without_large_body(raw: bytes, limit: int) -> bytes:
+    """A message as it lies in Redis; a body beyond the limit is cut out, so that it is never parsed nor noted.
+
+    Args:
+        raw: JSON text, of any size.
+        limit: bytes of a body, which travels as base64.
+    """
+    if len(raw) <= limit * 4 // 3 + 2 * MOST_HEADER_CHARS:
+        return raw
+    found = _BODY.search(raw)
+    start = found.end() if found else len(raw)
+    end = raw.find(b'"', start)  # base64 has none; after any other body the rest is no JSON
+    rest = len(raw) - (end - start)
+    if end < 0 or rest > 2 * MOST_HEADER_CHARS:
+        return b""
+    return b'{"%s": true, ' % CUT.encode() + raw[:start].lstrip()[1:] + raw[end:]
+
+
+class BoundedChannel:
+    """Mixed into kombu's channel classes for Redis: large bodies are cut out of what BRPOP brings."""
+
+    largest_body = math.inf
+
+    def _create_client(self, *args: Any, **kwargs: Any) -> Any:
+        client = super()._create_client(*args, **kwargs)  # type: ignore[misc]
+        parse = client.parse_response
+
+        def parse_response(connection: Any, command_name: str, **options: Any) -> Any:
+            answer = parse(connection, command_name, **options)
+            if command_name == "BRPOP" and answer and self.largest_body < math.inf:
+                return answer[0], without_large_body(answer[1], int(self.largest_body))
+            return answer
+
+        client.parse_response = parse_response
+        return client
 
 
 def drop_unreadable(error: Exception, is_message: bool) -> None:
@@ -176,11 +226,15 @@ def _store(app: Any, task_id: str, name: str, headers: dict[str, Any], error: Ta
         app.backend.mark_as_failure(task_id, error, request=Context(id=task_id, task=name))
 
 
-# ---- compressed bodies
+# ---- small texts that become large
 
 
-def limit_decompression(limit: int) -> None:
-    """Let kombu, in this process, decompress no more than a body may have; brotli's library has no such bound."""
+def bound_decoding(limit: int) -> None:
+    """Let kombu, in this process, decompress no more than a body may have; brotli's library has no such bound.
+
+    And no JSON text of a few characters becomes a number of a billion digits, which takes hours to make an int of.
+    """
+    register_type(decimal.Decimal, "decimal", str, _decimal)
     bounds: dict[str, Callable[[], Any]] = {
         "application/x-gzip": zlib.decompressobj,
         "application/x-bz2": bz2.BZ2Decompressor,
@@ -192,6 +246,13 @@ def limit_decompression(limit: int) -> None:
     for content_type, make in bounds.items():
         encode, _ = compression.get_encoder(content_type)
         compression.register(encode, _bounded(make, limit), content_type)
+
+
+def _decimal(text: str) -> decimal.Decimal:
+    number = decimal.Decimal(text)
+    if number.is_finite() and abs(number.adjusted()) > MOST_DIGITS:
+        raise InvalidTaskError(f"numbers of more than {MOST_DIGITS} digits are refused")
+    return number
 
 
 def _bounded(make: Callable[[], Any], limit: int) -> Callable[[bytes], bytes]:
@@ -227,29 +288,38 @@ def shorten_logs() -> None:
 class _Shorten(logging.Filter):
     """Takes what a producer wrote out of a record: bodies, headers, and errors that quote them."""
 
-    _TEXTS = (
-        celery_consumer.UNKNOWN_FORMAT,
-        celery_consumer.UNKNOWN_TASK_ERROR,
-        celery_consumer.INVALID_TASK_ERROR,
-        celery_consumer.MESSAGE_DECODE_ERROR,
-        "Could not restore message: %r",
-    )
+    #: Celery's and kombu's texts, and which of their arguments may be shown.
+    _SHOWN: ClassVar[dict[str, tuple[int, ...]]] = {
+        celery_consumer.UNKNOWN_FORMAT: (),
+        celery_consumer.UNKNOWN_TASK_ERROR: (0, 3),  # the name; the queue
+        celery_consumer.INVALID_TASK_ERROR: (0,),  # the reason
+        celery_consumer.MESSAGE_DECODE_ERROR: (0, 1, 2),  # the reason; content type and encoding
+        "Could not restore message: %r": (),
+    }
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record; it is always logged."""
-        if record.msg in self._TEXTS:
+        shown = self._SHOWN.get(record.msg) if isinstance(record.msg, str) else None
+        if shown is not None:
             found = record.args if isinstance(record.args, tuple) else (record.args,)
-            record.args = tuple(map(_short, found))
+            record.args = tuple(_short(each) if n in shown else _size(each) for n, each in enumerate(found))
             record.exc_info = record.exc_text = None
         return True
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, BaseException):
-        # kombu's DecodeError repeats what it wraps, and some of those quote all they were given
-        text = str(value) if isinstance(value, KeyError | celery_consumer.InvalidTaskError) else ""
-        text = text or str(getattr(value, "reason", "") or "")
-        return f"{type(value).__name__}: {text[:MOST_TEXT_CHARS]}" if text else type(value).__name__
-    if value is None or isinstance(value, int | float):
-        return value
-    return f"({len(value)} long, not shown)" if isinstance(value, str | bytes | dict | list) else type(value).__name__
+def _size(value: Any) -> str:
+    """In place of a body or headers; of headers the id is told."""
+    if isinstance(value, dict):
+        return f"({len(value)} headers, not shown; id {str(value.get('id'))[:MOST_TEXT_CHARS]})"
+    return f"({len(value)} characters, not shown)" if isinstance(value, str) else f"({type(value).__name__}, not shown)"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, DecodeError) and value.args and isinstance(value.args[0], Exception):
+        value = value.args[0]  # what it wraps
+    if not isinstance(value, BaseException):
+        return str(value)[:MOST_TEXT_CHARS]
+    # Others may quote all they were given: a body that is no UTF-8, a value of an unknown type.
+    quotes_nothing = isinstance(value, KeyError | InvalidTaskError | ContentDisallowed | json.JSONDecodeError)
+    text = str(value) if quotes_nothing else str(getattr(value, "reason", ""))
+    return f"{type(value).__name__}: {text}"[:MOST_TEXT_CHARS] if text else type(value).__name__

@@ -20,7 +20,7 @@ from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
 from redis.exceptions import NoScriptError, ResponseError
 
-from bridge.intake import UNREADABLE, drop_unreadable
+from bridge.intake import UNREADABLE, BoundedChannel, drop_unreadable
 from bridge.visibility import RENEW, RenewingPoller, RenewingQoS
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ class _Asked(NamedTuple):
     acks: list[Any]
 
 
-class GroupedChannel:
+class GroupedChannel(BoundedChannel):
     """Mixed into kombu's channel classes for Redis."""
 
     QoS = GroupedQoS

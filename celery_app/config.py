@@ -12,9 +12,9 @@ result_backend = os.environ.get("CELERY_RESULT_BACKEND", broker_url)
 
 # The worker starts before its broker does in many deployments: wait for it. Said aloud because Celery warns otherwise.
 broker_connection_retry_on_startup = True
-# Redis hands an unacknowledged task to another worker after this long. It must exceed the longest wait in a worker
-# plus the longest run (`task_time_limit`), else a slow task runs twice.
-broker_transport_options = {"visibility_timeout": 3600}
+# Redis hands a killed worker's tasks to another one after this long. Workers of the bridge renew what they hold, so it
+# may be far shorter; a plain Celery worker on the same queues needs it above its longest wait plus run.
+broker_transport_options = {"visibility_timeout": 300}
 
 # JSON only: a producer in any language can send, and a message can never run code by being decoded.
 task_serializer = "json"

@@ -1,0 +1,156 @@
+"""What renewing asks of a real Redis: own messages only, never one that is acknowledged, never another worker's."""
+
+import logging
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from bridge.visibility import cautions
+from tests.integration.test_redis_channel import calls, desk, noted, publish, server  # noqa: F401 - fixtures
+
+OLD = 1000.0
+
+
+@pytest.fixture
+def age(server):  # noqa: F811
+    """``age()`` lets all messages look as if they had been noted long ago."""
+
+    def make_old(prefix="", by=OLD):
+        key = f"{prefix}unacked_index"
+        for tag, score in server.client.zrange(key, 0, -1, withscores=True):
+            server.client.zadd(key, {tag: score - by})
+
+    return make_old
+
+
+def scores(client, prefix=""):
+    return {tag.decode(): score for tag, score in client.zrange(f"{prefix}unacked_index", 0, -1, withscores=True)}
+
+
+def tags(messages):
+    return {message.delivery_tag for message in messages}
+
+
+@pytest.mark.parametrize("prefix", ["", "shop:"])
+def test_all_that_is_held_is_noted_anew_in_one_question(server, desk, age, prefix):  # noqa: F811
+    publish(server.url, range(20), global_keyprefix=prefix)
+    one = desk(global_keyprefix=prefix)
+    one.drain()
+    age(prefix)
+    calls(server.client)
+    one.channel.qos.renew()
+    asked = calls(server.client)
+    assert asked["evalsha"] == 1 and asked["zadd"] == 20
+    assert tags(one.received) == scores(server.client, prefix).keys()
+    assert min(scores(server.client, prefix).values()) > time.time() - OLD / 2
+
+
+def test_what_is_acknowledged_is_not_brought_back(server, desk, age):  # noqa: F811
+    publish(server.url, range(4))
+    one = desk()
+    one.drain()
+    for message in one.received[:2]:
+        message.ack()
+    server.client.delete("unacked_index")  # as if all acknowledgements were with Redis, and more
+    one.channel.qos.renew()
+    assert scores(server.client) == {}
+
+
+def test_what_another_worker_has_is_let_go_and_stays_its_own(server, desk, age):  # noqa: F811
+    publish(server.url, range(3))
+    one = desk(visibility_timeout=60)
+    one.drain()
+    lost = []
+    one.connection.transport.cycle.on_lost = lost.extend
+    age()
+    other = desk(visibility_timeout=60)
+    other.channel.qos.restore_visible(interval=1)
+    assert sorted(other.drain()) == [0, 1, 2]
+    before = scores(server.client)
+    assert tags(one.received) == before.keys(), "a message keeps its tag, whoever has it"
+    one.channel.qos.renew()
+    assert set(lost) == before.keys()
+    assert scores(server.client) == before
+    one.connection.close()
+    assert noted(server.client).keys() == before.keys() and server.client.llen("q") == 0, "it gave nothing back"
+
+
+def test_a_worker_that_slept_renews_before_it_looks_for_dead_ones(server, desk, age, monkeypatch):  # noqa: F811
+    publish(server.url, range(3))
+    one = desk(visibility_timeout=60)
+    one.drain()
+    age()
+    one.channel.qos._renewed_at -= 100
+    one.channel.qos.restore_visible(interval=1)
+    assert len(noted(server.client)) == 3 and server.client.llen("q") == 0
+
+
+def test_the_end_gives_back_only_what_is_still_its_own(server, desk, age):  # noqa: F811
+    publish(server.url, range(2))
+    one = desk(visibility_timeout=60)
+    one.drain()
+    others = one.received[1]
+    server.client.zadd("unacked_index", {others.delivery_tag: time.time() + 50}, xx=True)
+    one.channel.qos._renewed_at -= 100
+    one.connection.close()
+    assert noted(server.client).keys() == {others.delivery_tag}
+    assert server.client.llen("q") == 1
+
+
+def test_a_redis_without_scripts_is_asked_without(server, desk, age, caplog):  # noqa: F811
+    publish(server.url, range(3))
+    one = desk()
+    one.drain()
+    age()
+    server.client.acl_setuser("default", commands=["-evalsha"], keys=["*"])
+    try:
+        one.channel.qos.renew()
+    finally:
+        server.client.acl_setuser("default", commands=["+@all"], keys=["*"])
+    assert min(scores(server.client).values()) > time.time() - OLD / 2
+
+
+def test_a_full_redis_is_said_and_asked_again(server, desk, age, caplog):  # noqa: F811
+    publish(server.url, range(3))
+    one = desk()
+    one.drain()
+    age()
+    server.client.config_set("maxmemory", 1)
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert one.connection.transport.cycle._tick()
+        assert "could not be renewed" in caplog.text
+    finally:
+        server.client.config_set("maxmemory", 0)
+    one.connection.transport.cycle._tick()
+    assert min(scores(server.client).values()) > time.time() - OLD / 2
+
+
+def test_many_more_than_one_script_looks_at(server, desk, age, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("bridge.visibility.MOST_TAGS", 7)
+    publish(server.url, range(20))
+    one = desk()
+    one.drain()
+    age()
+    calls(server.client)
+    one.channel.qos.renew()
+    assert calls(server.client)["evalsha"] == 3
+    assert min(scores(server.client).values()) > time.time() - OLD / 2
+
+
+@pytest.mark.parametrize(
+    ("driver_type", "timeout_s", "soft_s", "limits_s", "words"),
+    [
+        ("redis", 3600, 0, [], []),
+        ("redis", 30, 19, [7200], []),
+        ("redis", 1, 0, [], ["visibility_timeout is 1 s"]),
+        ("redis", 30, 25, [], ["worker_soft_shutdown_timeout is 25 s"]),
+        ("amqp", float("inf"), 600, [1800], []),
+        ("amqp", float("inf"), 0, [60, 3600], ["consumer_timeout"]),
+    ],
+)
+def test_what_is_said_at_start(driver_type, timeout_s, soft_s, limits_s, words):
+    app = SimpleNamespace(conf=SimpleNamespace(worker_soft_shutdown_timeout=soft_s))
+    found = cautions(app, driver_type, timeout_s, limits_s)
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found, strict=True))
