@@ -28,6 +28,7 @@ def clean_environment(tmp_path_factory):
             del os.environ[name]
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["BRIDGE_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))  # no worker of another run is asked
 
 
 @pytest.fixture(scope="session")
