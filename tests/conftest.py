@@ -31,6 +31,7 @@ def clean_environment(tmp_path_factory):
     os.environ["HOME"] = str(home)
     keep_token(home, secrets.token_hex(32))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["BRIDGE_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))  # no worker of another run is asked
 
 
 @pytest.fixture(scope="session")

@@ -64,9 +64,9 @@ def test_from_a_cluster_without_gpus_to_a_good_set_up(environment, tmp_path):
 
 
 def test_wrong_password_no_cluster_and_a_variable_that_breaks_tasks(environment, tmp_path):
-    server = RedisServer(tmp_path, password="right")
+    server = RedisServer(tmp_path, password="the-one-password")
     try:
-        url = server.url.replace("right", "wrong")
+        url = server.url.replace("the-one-password", "another-password")
         (tmp_path / "token").write_text("f" * 64)
         (tmp_path / "token").chmod(0o644)
         env = {
@@ -82,7 +82,7 @@ def test_wrong_password_no_cluster_and_a_variable_that_breaks_tasks(environment,
     assert "nothing answers at 127.0.0.1:1" in text_of(found, "FAIL", "cluster")
     assert "USE_FAST_LOCALS" in text_of(found, "FAIL", "environment")
     assert "can read" in text_of(found, "FAIL", "token")
-    assert "wrong@" not in output and "right" not in output.replace("copyright", "") and "f" * 64 not in output
+    assert not any(secret in output for secret in ("the-one-password", "another-password", "f" * 64))
 
 
 def test_careless_settings_of_app_and_redis(environment, tmp_path):
