@@ -48,7 +48,7 @@ def late(monkeypatch):
     settings.cache_clear()
     lab = Lab(monkeypatch)
     lab.app.tasks["lab.echo"].acks_late = True
-    lab.driver._ledger = lab.ledger = SaidLedger(lab.driver)
+    lab.driver._blame.ledger = lab.ledger = SaidLedger(lab.driver)
     lab.ready()
     yield lab
     settings.cache_clear()
