@@ -185,7 +185,7 @@ def test_what_is_replayed_is_what_was_sent(app, store, options):
     queue = f"q-{uuid.uuid4().hex[:8]}"
     sent = app.send_task("t.t", ["naïve", {"k": [1.5, None]}], {"x": 1}, queue=queue, **options)
     (original,) = received(app, queue)
-    request = Request(original, app=app, task=object())
+    request = Request(original, app=app, task=app.Task())
     slim = {key: value for key, value in request.request_dict.items() if key not in ("args", "kwargs")}
     run = Run(1, "t.t", sent.id, slim, request.body, request.content_type, request.content_encoding, None, None, 0)
     letters = store()
