@@ -10,7 +10,8 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from bridge.dead_letters import DeadLetters, Letter
-from bridge.errors import BrokerUnreachable, ConfigurationInvalid, StartupError, as_text
+from bridge.errors import BrokerUnreachable, ConfigurationInvalid, StartupError
+from bridge.errors import as_text as one_line
 from bridge.ledger import bounds_of, dead_letters
 from bridge.replay import NotReplayed, payload_of, replay
 from bridge.settings import settings
@@ -44,9 +45,9 @@ class Unknown(Exception):
     """An id that names no dead letter, or several."""
 
 
-def main(arguments: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Run one command; the exit code."""
-    options = parser().parse_args(arguments)
+    options = arguments(words)
     try:
         app = load_app(CommandLine(False, _globals(options), []))
         letters = _letters(app)
@@ -57,9 +58,18 @@ def main(arguments: list[str]) -> int:
     except Unknown as error:
         code, text = EXIT_UNKNOWN, str(error)
     except RedisError as error:
-        code, text = BrokerUnreachable.exit_code, f"Redis does not answer: {as_text(error, 160)}"
-    print(f"bridge.dead: {' '.join(text.split())}", file=sys.stderr)
+        code, text = BrokerUnreachable.exit_code, f"Redis does not answer: {one_line(error, 160)}"
+    print(_plain(f"bridge.dead: {' '.join(text.split())}"), file=sys.stderr)
     return code
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """A command line taken apart; ends the process with 2 if it means nothing."""
+    top = parser()
+    options = top.parse_args(words)
+    if options.command in ("replay", "drop") and bool(options.ids) == options.all:
+        top.error(f"{options.command} needs ids or --all, one of the two; `list` shows what there is")
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,7 +111,7 @@ def _letters(app: Any) -> DeadLetters:
     try:
         letters = dead_letters(app, bounds_of(s), s.namespace_of(app))
     except Exception as error:
-        raise BrokerUnreachable(f"Redis does not answer: {as_text(error, 160)}; is it running?") from error
+        raise BrokerUnreachable(f"Redis does not answer: {one_line(error, 160)}; is it running?") from error
     if letters is None:
         raise ConfigurationInvalid(
             "this app has Redis neither as result backend nor as broker, and dead letters are kept in Redis only"
@@ -130,7 +140,7 @@ def _show(app: Any, letters: DeadLetters, options: argparse.Namespace) -> int:
     if hasattr(options, "json"):
         print(json.dumps(shown, indent=2, default=str))
     else:
-        print("\n\n".join(_text(each) for each in shown))
+        print("\n\n".join(as_text(each) for each in shown))
         if not options.payload:
             print("\narguments and headers are not shown; --payload shows them")
     return EXIT_DONE
@@ -164,7 +174,7 @@ def _each(letters: DeadLetters, options: argparse.Namespace, do: Callable[[str],
         print(json.dumps(results, indent=2))
     else:
         for each in results:
-            print(f"{each['id']}: {each['what']}", file=sys.stdout if each["done"] else sys.stderr)
+            print(_plain(f"{each['id']}: {each['what']}"), file=sys.stdout if each["done"] else sys.stderr)
         if not results:
             print("no dead letters")
     return EXIT_DONE if all(each["done"] for each in results) else EXIT_FAILED
@@ -185,10 +195,8 @@ def chosen(letters: DeadLetters, options: argparse.Namespace) -> list[str]:
         Unknown: an id that names none, or several; nothing is done then.
     """
     known = letters.ids()
-    if getattr(options, "all", False) and not options.ids:
+    if getattr(options, "all", False):
         return known
-    if getattr(options, "all", False) or not options.ids:
-        raise Unknown("name ids or give --all, one of the two; `list` shows what there is")
     return list(dict.fromkeys(_one(known, wanted) for wanted in options.ids))
 
 
@@ -253,7 +261,7 @@ def _row(letter: Letter) -> tuple[str, ...]:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows in columns; the first, an id, is never cut."""
-    cut = [(row[0], *(_cut(cell) for cell in row[1:])) for row in rows]
+    cut = [(_plain(row[0]), *(_cut(_plain(cell)) for cell in row[1:])) for row in rows]
     widths = [max(len(row[column]) for row in cut) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cut
@@ -264,7 +272,8 @@ def _cut(cell: str) -> str:
     return cell if len(cell) <= WIDEST else cell[: WIDEST - 1] + "…"
 
 
-def _text(shown: dict[str, Any]) -> str:
+def as_text(shown: dict[str, Any]) -> str:
+    """All that is shown of a letter, a line or more for each fact."""
     lines = []
     for name, value in shown.items():
         if value is None or value == "":
@@ -276,7 +285,12 @@ def _text(shown: dict[str, Any]) -> str:
             lines += [f"{name}:", *(f"  {line}" for line in value.splitlines())]
         else:
             lines.append(f"{name}: {value}")
-    return "\n".join(lines)
+    return _plain("\n".join(lines))
+
+
+def _plain(text: str) -> str:
+    """What a message brings along must not command the terminal."""
+    return "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from actors.contract import (
 )
 from bridge import link as messages
 from bridge.auth import use_token
-from bridge.dead_letters import Crash, last_words, letter_of
+from bridge.blame import Blame
 from bridge.errors import (
     BridgeError,
     ClusterUnavailable,
@@ -75,7 +75,7 @@ from bridge.scheduler import (
 )
 from bridge.settings import Settings, settings
 from bridge.tracing import TracedTask, Tracing, einfo, prepare
-from bridge.verdicts import Standing, Verdict, judge
+from bridge.verdicts import Verdict, judge
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,6 @@ class Driver:
         hostname: str = "",
     ) -> None:  # fmt: skip
         self.id = uuid.uuid4().hex[:12]
-        self._hostname = hostname
         self._app = app
         self._marks = marks | map_marks()
         self._highest_first = app.connection_for_read().transport.driver_type == "amqp"  # Redis: 0 goes first
@@ -141,7 +140,7 @@ class Driver:
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
         namespace = s.namespace_of(app)
-        self._ledger = Ledger(app, s, namespace, self._notify)
+        self._blame = Blame(app, s, self._marks, Ledger(app, s, namespace, self._notify), self.id, hostname)
         self._config = config
         self._fleet = Fleet(s, namespace, self.id, supersedes, self._config, needs(marks.values()))
 
@@ -311,31 +310,29 @@ class Driver:
         if run.refusal:
             self._refuse(task, MessageInvalid(f"{run.task}: {run.refusal}"))
         elif run.task in self._marks:
-            self._begin(task)
+            if (run.request.get("delivery_info") or {}).get("redelivered"):
+                self._begin_again(task)
+            else:
+                self._wait(task)
         else:  # the registry of this process differs from the worker's
             self._accept(task)
             self._tracing.start(task)
 
-    def _begin(self, task: TracedTask) -> None:
-        """Let a task wait; of one that is delivered again it is asked before what it has done to executors."""
-        info = task.run.request.get("delivery_info") or {}
-        if not info.get("redelivered") or not self._is_counted(task):
-            self._wait(task)
-            return
+    def _begin_again(self, task: TracedTask) -> None:
+        """Let a task wait that the broker delivers again, unless it has had its crashes elsewhere."""
 
-        def go_on(crashes: dict[str, Crash] | None) -> None:
+        def go_on() -> None:
             if self._tasks.get(task.run.serial) is not task:
                 return  # given back meanwhile
-            task.crashes = crashes or {}
+            standing = self._blame.standing(task)
             if task.cancelled:
                 self._end(task, einfo(Terminated(signal.SIGTERM)))
-            elif len(task.crashes) >= self._most_crashes(task):
-                self._bury(task)
+            elif standing.crashes >= standing.max_crashes:
+                self._poison(task)
             else:
-                task.alone = bool(task.crashes)
                 self._wait(task, task.alone)
 
-        self._ledger.look(str(task.run.id), go_on)
+        self._blame.recall(task, go_on)
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
         priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
@@ -506,46 +503,28 @@ class Driver:
         if task is None:
             return
         if isinstance(outcome, Succeeded):
-            self._acquit(task)
+            self._blame.acquit(task)
             self._finished.append((task, outcome))
         else:
             self._judge(task, actor, outcome)
 
     def _judge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
-        """A failure: count it, where others may count on, and let `bridge/verdicts.py` say what becomes of the task."""
+        """A failure: count it, then `_decide`."""
         if outcome.kind is FailureKind.CRASHED:
-            self._charge(task, actor, outcome)
-        elif outcome.kind in (FailureKind.LOST, FailureKind.UNSURE):
+            node = self._roster.node(actor)
+            self._blame.charge(task, actor, node, outcome.message, lambda: self._decide(task, actor, outcome))
+            return
+        if outcome.kind in (FailureKind.LOST, FailureKind.UNSURE):
             task.losses += 1
             if actor in self._roster.ready:
                 self._lose_actor(actor, outcome.message)
-            self._decide(task, actor, outcome)
-        else:
-            self._decide(task, actor, outcome)
-
-    def _charge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
-        """Note a crash; whether it was one too many is known when Redis has answered, if it is asked at all."""
-        crash = Crash(time.time(), outcome.message, self._hostname, actor, self._roster.node(actor))
-        task.crashes[f"{self.id}.{outcome.token}"] = crash
-
-        def go_on(known: dict[str, Crash] | None) -> None:
-            if self._tasks.get(task.run.serial) is task:
-                task.crashes.update(known or {})
-                self._decide(task, actor, outcome)
-
-        if self._is_counted(task) and not task.cancelled:
-            self._ledger.add(str(task.run.id), task.crashes.copy(), go_on)
-        else:
-            self._decide(task, actor, outcome)
-
-    def _is_counted(self, task: TracedTask) -> bool:
-        """Whether the task's crashes are kept in Redis: it may run again, and Celery does not count its retries."""
-        standing = self._standing(task)
-        return self._ledger.is_shared and standing.may_run_twice and not standing.retry_on_worker_lost
+        self._decide(task, actor, outcome)
 
     def _decide(self, task: TracedTask, actor: int, outcome: Failed) -> None:
-        """What becomes of a task that has failed."""
-        standing = self._standing(task)
+        """What becomes of a task that has failed; `bridge/verdicts.py` says it."""
+        if self._tasks.get(task.run.serial) is not task:
+            return  # the driver has answered for it while Redis was asked
+        standing = self._blame.standing(task)
         if outcome.kind is FailureKind.CRASHED:
             logger.error(
                 "%s[%s] was running when its executor died (%s): crash %d of %d",
@@ -553,7 +532,7 @@ class Driver:
             )  # fmt: skip
         match judge(outcome.kind, standing):
             case Verdict.RESUME:
-                self._acquit(task)
+                self._blame.acquit(task)
                 self._tracing.resume(task, outcome)
             case Verdict.AGAIN:
                 self._again(task, alone=False)
@@ -566,7 +545,7 @@ class Driver:
                 reason = f"Worker exited prematurely: {outcome.message}.{_REMARKS.get(outcome.kind, '')}"
                 self._end(task, einfo(WorkerLostError(reason)))
             case Verdict.POISONED:
-                self._bury(task)
+                self._poison(task)
             case Verdict.UNAVAILABLE:
                 self._tracing.resume(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
             case Verdict.TIMED_OUT:
@@ -591,33 +570,10 @@ class Driver:
         self._events.append(ActorShort(actor, task.run.task))
         self._again(task, alone=False)
 
-    def _standing(self, task: TracedTask) -> Standing:
-        """What a task allows, and what has happened to it."""
-        options = self._app.tasks[task.run.task]
-        return Standing(
-            acks_late=bool(options.acks_late),
-            reject_on_worker_lost=options.reject_on_worker_lost,
-            retry_on_worker_lost=bool(options.retry_on_worker_lost),
-            max_crashes=self._most_crashes(task),
-            crashes=len(task.crashes),
-            losses=task.losses,
-            cancelled=task.cancelled,
-        )
+    def _poison(self, task: TracedTask) -> None:
+        """It has ended too many executors: it fails when its message is kept."""
 
-    def _most_crashes(self, task: TracedTask) -> int:
-        return self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
-
-    def _acquit(self, task: TracedTask) -> None:
-        """Its body has ended by itself: a later message of the same id begins at no crash."""
-        if task.crashes and self._is_counted(task):
-            self._ledger.forget(str(task.run.id))
-
-    def _bury(self, task: TracedTask) -> None:
-        """It has ended too many executors: its message is kept first, then it fails."""
-        last = max(task.crashes.values()).how
-        error = TaskPoisoned(task.run.task, len(task.crashes), last)
-
-        def go_on(_: Any) -> None:
+        def fail(error: TaskPoisoned) -> None:
             if self._tasks.get(task.run.serial) is not task:
                 return  # given back meanwhile
             if task.cancelled:
@@ -625,17 +581,7 @@ class Driver:
             else:
                 self._refuse(task, error)
 
-        if not self._ledger.is_shared:
-            go_on(None)
-            return
-        try:
-            words, serializer = last_words(task.told), self._app.conf.task_serializer
-            letter = letter_of(task.run, str(error), task.crashes.values(), words, serializer)
-        except Exception:  # an odd message; it ends as any other
-            logger.exception("%s[%s] leaves no dead letter", task.run.task, task.run.id)
-            go_on(None)
-        else:
-            self._ledger.bury(letter, go_on)
+        self._blame.bury(task, fail)
 
     # ---- actors
 

@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError
 from bridge.dead_letters import DeadLetters, Letter
 from bridge.errors import as_text
 
-#: How long the broker may take to connect, in seconds.
+#: How long the broker may take to connect, and Redis to answer, in seconds.
 CONNECT_S = 5.0
 
 
@@ -81,6 +81,8 @@ def _send(app: Any, letter: Letter, headers: dict[str, Any]) -> None:
             is_amqp = connection.transport.driver_type == "amqp"
             if is_amqp:
                 connection.transport_options["confirm_publish"] = True  # else it may be lost on its way
+            else:
+                connection.transport_options |= {"socket_timeout": CONNECT_S, "socket_connect_timeout": CONNECT_S}
             connection.ensure_connection(max_retries=1, timeout=CONNECT_S)
             with connection.Producer(auto_declare=False) as producer:
                 producer.publish(
@@ -93,6 +95,7 @@ def _send(app: Any, letter: Letter, headers: dict[str, Any]) -> None:
                     compression=compression,
                     mandatory=is_amqp,  # no queue for it is an error, not the end of the message
                     declare=_queues(app, letter),
+                    confirm_timeout=CONNECT_S,
                     **properties,
                 )
     except Exception as error:

@@ -30,7 +30,7 @@ class SharedRedis(NamedTuple):
 
 def uses_redis(app: Any) -> bool:
     """Whether there is one; asks nobody."""
-    return isinstance(app.backend, RedisBackend) or _is_redis(app.connection_for_write())
+    return isinstance(_backend(app), RedisBackend) or _is_redis(app.connection_for_write())
 
 
 def shared_redis(app: Any) -> SharedRedis | None:
@@ -39,7 +39,7 @@ def shared_redis(app: Any) -> SharedRedis | None:
     Raises:
         Exception: the broker is Redis and does not answer; kombu asks it when a channel is made.
     """
-    backend = app.backend
+    backend = _backend(app)
     if isinstance(backend, RedisBackend):
         shared = _of_backend(backend)
     else:
@@ -49,6 +49,13 @@ def shared_redis(app: Any) -> SharedRedis | None:
         shared = _of_broker(connection)
     shared.client.set_retry(Retry(NoBackoff(), RETRIES))
     return shared
+
+
+def _backend(app: Any) -> Any:
+    try:
+        return app.backend
+    except Exception:
+        return None  # Celery says so to whoever stores a result
 
 
 def _is_redis(connection: Any) -> bool:
@@ -65,6 +72,8 @@ def _of_backend(backend: RedisBackend) -> SharedRedis:
 
 
 def _of_broker(connection: Any) -> SharedRedis:
-    connection.transport_options.update(socket_timeout=ANSWER_S, socket_connect_timeout=ANSWER_S)
+    connection.transport_options |= {
+        "socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S, "max_retries": RETRIES, "interval_start": 0,
+    }  # fmt: skip
     channel = connection.default_channel
     return SharedRedis(redis.Redis(connection_pool=channel.pool), channel.global_keyprefix, connection.as_uri())

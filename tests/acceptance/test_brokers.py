@@ -208,6 +208,29 @@ def test_a_killed_worker_loses_nothing(site, rabbitmq, tmp_path):
     rabbitmq.drained(site.queue)
 
 
+def test_a_poisoned_task_is_replayed(site, rabbitmq, tmp_path):
+    held, killed = site.hold(tmp_path, "held"), 0
+    for times in (1, 2):
+        wait_for(lambda times=times: lines(tmp_path / "log").count("held starts") == times, f"run {times}")
+        killed = wait_for(lambda before=killed: _executor(site, before), "the executor's pid")
+        os.kill(killed, signal.SIGKILL)
+    assert type(held.get(propagate=False, **GET)).__name__ == "TaskPoisoned"
+    rabbitmq.drained(site.queue)
+    (tmp_path / "go").touch()
+    command = [sys.executable, "-m", "bridge.dead", "-A", "tests.apps.messages:app", "replay", held.id]
+    done = subprocess.run(
+        command, env={**os.environ, **site._env}, cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and site.queue in done.stdout, done.stdout + done.stderr
+    wait_for(lambda: site.producer.AsyncResult(held.id).state == "SUCCESS", "the replayed task to succeed")
+    assert lines(tmp_path / "log")[-1] == "held ends"
+
+
+def _executor(site, before):
+    pid = site.gpu("actors")[0]["executor_pid"]
+    return pid if pid != before else 0
+
+
 def goes_on(site, rabbitmq, tmp_path, others, holder):
     """After a break: what ran goes on, what waited runs, and as much fits into the worker as before."""
     (tmp_path / "go").touch()

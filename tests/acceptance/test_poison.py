@@ -175,8 +175,6 @@ def test_autoretry_does_not_take_a_poisoned_task(poison, dead, producer, tmp_pat
     ("words", "env", "code", "text"),
     [
         (["show", "4f1c"], {}, 3, "no dead letter of 4f1c"),
-        (["replay"], {}, 3, "name ids or give --all"),
-        (["drop", "--all", "4f1c"], {}, 3, "name ids or give --all"),
         (["list"], {"CELERY_RESULT_BACKEND": "redis://127.0.0.1:1/0"}, 66, "Redis does not answer"),
         (
             ["list"],
