@@ -128,7 +128,7 @@ def test_a_gpu_that_breaks_under_different_tasks_is_fenced(folder, new_driver):
     health = driver.health
     assert health.state is ActorState.FENCED and health.device_faults == 3 and 590 < health.probe_in_s <= 600
     assert health.reason == (
-        "3 faults of different tasks of the device, the last: its CUDA context broke: RuntimeError: "
+        "3 faults of the device, the last: its CUDA context broke: RuntimeError: "
         "an illegal memory access was encountered, while f.breaks ran"
     )
     refused = driver.send(task(4, "echo", 1)).reply

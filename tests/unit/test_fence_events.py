@@ -16,9 +16,10 @@ def test_each_change_is_told_once():
     assert list(events.changes([actor(0, "ready"), actor(1, "ready")])) == [("gpu-unfenced", {"actor": 1, "node": "n"})]
 
 
-def test_an_actor_that_does_not_answer_is_as_it_was():
+def test_an_actor_that_does_not_answer_or_is_restarted_is_fenced_until_it_is_ready():
     events = FenceEvents()
     list(events.changes([actor(0, "fenced")]))
     assert list(events.changes([{"slot": 0, "state": "lost"}])) == []
     assert list(events.changes([])) == []
-    assert [kind for kind, _ in events.changes([actor(0, "starting")])] == ["gpu-unfenced"]
+    assert list(events.changes([actor(0, "draining")])) == list(events.changes([actor(0, "starting")])) == []
+    assert [kind for kind, _ in events.changes([actor(0, "ready")])] == ["gpu-unfenced"]
