@@ -8,15 +8,15 @@ import pytest
 from actors.surroundings import Surroundings
 
 
-@pytest.fixture
-def surroundings(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STAYS", "as it was")
-    return Surroundings()
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # put back after the test, should it fail
 
 
-def test_variables_are_put_back(surroundings):
-    before = dict(os.environ)
+def test_variables_are_put_back():
+    surroundings, before = Surroundings(), dict(os.environ)
     os.environ["NEW"], os.environ["STAYS"] = "x", "changed"
     del os.environ["PATH"]
     surroundings.restore()
@@ -25,7 +25,8 @@ def test_variables_are_put_back(surroundings):
     assert dict(os.environ) == before
 
 
-def test_a_directory_that_the_body_has_removed_is_left(surroundings, tmp_path):
+def test_a_directory_that_the_body_has_removed_is_left(tmp_path):
+    surroundings = Surroundings()
     gone = tmp_path / "gone"
     gone.mkdir()
     os.chdir(gone)
