@@ -101,7 +101,7 @@ class Executor:
         while True:
             try:
                 call: Call = pickle.loads(self._pipe.recv_bytes())
-            except EOFError:
+            except (EOFError, ConnectionError):  # the second where the actor died with unread messages
                 return
             self._run_call(call)
             self._tell_device()
@@ -159,6 +159,8 @@ def main(pipe_fd: int, journal_fd: int) -> None:
     executor = Executor(pipe, Journal(journal_fd), config)
     try:
         executor.start()
+    except ConnectionError:  # nobody waits for it any more
+        os._exit(EXIT_NOT_STARTED)
     except BaseException as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"

@@ -7,9 +7,11 @@ from pageable and pinned memory. Overlap: chunks copied in, computed on, copied 
 
 import argparse
 import importlib.metadata
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +23,7 @@ from benchmarks.report import show, table
 from benchmarks.run import Benchmark, Conclusion, Size, parse, publish
 from benchmarks.samples import Spread
 from benchmarks.session import Session, say
-from benchmarks.targets import at_least
+from benchmarks.targets import at_least, at_most
 
 #: Seconds until the first sum in a new process, then the median of later ones.
 COLD_AND_WARM = """
@@ -40,6 +42,24 @@ for _ in range(101):
 print(cold, sorted(warm)[50])
 """
 
+#: Seconds until the warm-up examples of the photographs' tasks have run, then the first photograph, then a later one.
+KERNELS = """
+import time
+from actors.device import open_device
+from celery_app.tasks import images
+device = open_device("cuda", "90%")
+device.warm_up()
+began = time.perf_counter()
+images.enhance(images._EXAMPLE)
+example = time.perf_counter() - began
+times = []
+for _ in range(21):
+    began = time.perf_counter()
+    images.enhance(images._EXAMPLE)
+    times.append(time.perf_counter() - began)
+print(example, times[0], sorted(times[1:])[10])
+"""
+
 
 class GpuOnly(Benchmark):
     """Measured in this process and its children; there is no queue."""
@@ -54,7 +74,7 @@ class GpuOnly(Benchmark):
     def measure(self, session: Session | None, size: Size) -> None:
         """All parts in every round; a part that fails is left out of it."""
         parts: tuple[Callable[[Size], tuple[dict[str, float], dict[str, list[float]]]], ...]
-        parts = (cold_and_warm, gpu_kernels.batch_curve, gpu_kernels.bandwidth, gpu_kernels.overlap)
+        parts = (cold_and_warm, kernels, gpu_kernels.batch_curve, gpu_kernels.bandwidth, gpu_kernels.overlap)
         for number in range(1, int(size["rounds"]) + 1):
             record = Record(lane="gpu", round=number)
             for part in parts:
@@ -70,6 +90,7 @@ class GpuOnly(Benchmark):
         text = table(["this GPU", "median (extremes)"], [[name, show(self._over(name))] for name in names])
         targets = [
             at_least("warm process against a cold one", self._over("cold / warm"), 100, "x", True),
+            at_most("first photograph after warm-up to a later one", self._over("first / later"), 2, "x", True),
             at_least("items/s in the best batch against single", self._over("batch gain"), 10, "x", True),
             at_least("pinned against pageable, to the device", self._over("pinned gain"), 1.0, "x", True),
             at_least("streams against one after the other", self._over("overlap gain"), 1.2, "x", True),
@@ -107,6 +128,19 @@ def cold_and_warm(size: Size) -> tuple[dict[str, float], dict[str, list[float]]]
     done = subprocess.run([sys.executable, "-c", COLD_AND_WARM], capture_output=True, text=True, cwd=ROOT, check=True)
     cold_s, warm_s = map(float, done.stdout.split()[-2:])
     return {"cold s": cold_s, "warm s": warm_s, "cold / warm": cold_s / warm_s}, {}
+
+
+def kernels(size: Size) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """A real task's first run in a new process: with no compiled kernels on disk, with them there, and after that."""
+    with tempfile.TemporaryDirectory() as folder:
+        command, environment = [sys.executable, "-c", KERNELS], {**os.environ, "CUPY_CACHE_DIR": folder}
+        figures: dict[str, float] = {}
+        for name in ("compiling", "from disk"):
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+            example_s, first_s, later_s = map(float, done.stdout.split()[-3:])
+            figures[f"enhance {name} s"] = example_s
+        figures |= {"enhance after warm-up s": first_s, "enhance later s": later_s, "first / later": first_s / later_s}
+        return figures, {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,20 @@ TARGETS_HEAD = "| benchmark | target | asked | measured | |"
 #: In the order the README shows them.
 NAMES = ("noop", "batching", "waiting", "mixed", "growth", "scaling", "warm")
 
+GPU_HEAD = "| on one {device} | median (extremes) |"
+#: Figure -> what a reader is told, factor, unit.
+GPU_ROWS = {
+    "cold s": ("first sum in a new process", 1000, "ms"),
+    "warm s": ("the same in a warm one", 1000, "ms"),
+    "enhance compiling s": ("a photograph, kernels to be compiled (once per machine)", 1000, "ms"),
+    "enhance from disk s": ("a photograph in a new process, kernels on disk", 1000, "ms"),
+    "enhance after warm-up s": ("the first photograph after warm-up", 1000, "ms"),
+    "enhance later s": ("later photographs", 1000, "ms"),
+    "batch gain": ("items/s of the best batch to one by one", 1, "x"),
+    "pinned gain": ("copy to the device, pinned to pageable", 1, "x"),
+    "overlap gain": ("copy, compute, copy back: streams to one after the other", 1, "x"),
+}
+
 
 def table(result):
     """The Markdown table of one stored result; medians."""
@@ -36,6 +50,21 @@ def targets_table(results):
     return "\n".join(lines)
 
 
+def gpu_table(result):
+    """The Markdown table of what only a GPU can show; medians with extremes."""
+    (summary,) = result["summary"]
+    lines = [GPU_HEAD.format(device=result["device"]), "|---|---|"]
+    for key, (title, factor, unit) in GPU_ROWS.items():
+        middle, low, high = (_number(value * factor) for value in summary[key])
+        lines.append(f"| {title} | {middle} {unit} ({low}..{high}) |")
+    return "\n".join(lines)
+
+
+def stored_gpu():
+    """The stored result of `benchmarks.gpu`."""
+    return json.loads((RESULTS / "gpu-nvidia-h200-kernels.json").read_text())
+
+
 def stored():
     """The stored results the README speaks of, by name."""
     return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
@@ -47,3 +76,4 @@ def _number(value):
 
 if __name__ == "__main__":
     print(table(json.loads(RESULT.read_text())) + "\n\n" + targets_table(stored()))
+    print("\n" + gpu_table(stored_gpu()))

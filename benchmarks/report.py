@@ -92,7 +92,9 @@ def number(value: float | None) -> str:
         return "-"
     if value >= 100:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 1 or not value:
+        return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.3g}" if value < 0.1 else f"{value:.2f}"
 
 
 def as_json(run: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> str:

@@ -1,16 +1,24 @@
 """The bridge from a Celery request to a warm GPU actor and back; files in the order of a task's way.
 
-Importing this package loads neither ray nor cupy: producers and CPU workers may import it.
+Importing this package loads neither ray nor cupy: producers and CPU workers may import it. Its names are loaded when
+the first of them is used, for `python -m bridge.health` needs none and is started every few seconds.
 """
 
 import sys
+from typing import TYPE_CHECKING, Any
 
-from actors.batching import batched
-from actors.device import array_module, scipy_module, to_device, to_host
-from actors.residents import resident
-from actors.signals import executor_init
-from bridge import errors
-from bridge.marks import Gpu
+if TYPE_CHECKING:
+    from bridge import errors
+    from bridge.api import (
+        Gpu,
+        array_module,
+        batched,
+        executor_init,
+        resident,
+        scipy_module,
+        to_device,
+        to_host,
+    )
 
 if "celery.worker.control" in sys.modules:  # the `celery` command is running, which offers only registered commands
     import bridge.control  # noqa: F401
@@ -18,3 +26,11 @@ if "celery.worker.control" in sys.modules:  # the `celery` command is running, w
 __all__ = [
     "Gpu", "array_module", "batched", "errors", "executor_init", "resident", "scipy_module", "to_device", "to_host",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'bridge' has no attribute {name!r}")
+    import bridge.api
+
+    return getattr(bridge.api, name)

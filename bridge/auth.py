@@ -1,6 +1,7 @@
 """Ray's token authentication, turned on before Ray is imported: Ray reads RAY_AUTH_MODE once, at import."""
 
 import os
+import stat
 from pathlib import Path
 
 #: Where Ray keeps a host's token when neither RAY_AUTH_TOKEN nor RAY_AUTH_TOKEN_PATH says otherwise.
@@ -24,3 +25,9 @@ def use_token() -> str:
     if source and not mode:
         os.environ["RAY_AUTH_MODE"] = "token"
     return source
+
+
+def exposed(source: str) -> bool:
+    """Whether other users of this machine may read the token; `source` as `use_token` returns it."""
+    path = Path(source).expanduser()
+    return bool(source) and path.is_file() and bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))

@@ -4,14 +4,18 @@ import logging
 import signal
 import socket
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
 
-from bridge.auth import TOKEN_FILE, use_token
-from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError
-from bridge.places import nodes
+from actors.contract import Config, Health
+from actors.trial import Trial, try_executor
+from bridge.auth import TOKEN_FILE, exposed, use_token
+from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError, as_text
+from bridge.places import Node, nodes
+
+logger = logging.getLogger(__name__)
 
 #: The head's port is probed with this deadline, in seconds.
 PROBE_S = 1.0
@@ -60,7 +64,20 @@ def connect(address: str, namespace: str) -> Connected:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray installs a handler of its own
+    _warn(address, token)
     return look(address)
+
+
+def _warn(address: str, token: str) -> None:
+    """What lets others in; not an error, because a secret mounted by Kubernetes is readable to all of its container."""
+    if exposed(token):
+        logger.warning("other users of this machine can read Ray's token: chmod 600 %s", token)
+    if not token:
+        logger.warning(
+            "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on its nodes. Before "
+            "`ray start`: ray get-auth-token --generate && chmod 600 %s",
+            address, TOKEN_FILE,
+        )  # fmt: skip
 
 
 def _connect_error(error: Exception, address: str, token: str) -> StartupError:
@@ -97,8 +114,91 @@ def answers(address: str) -> bool:
     return True
 
 
+def identity(address: str) -> str | None:
+    """Which cluster the head at host:port is of, asked anew; None if it does not say.
+
+    A head without persistence is another one each time it starts, and Ray ends a process that takes it for the old one.
+    """
+    from ray import _raylet  # Ray has no public way to ask
+
+    client: Any = _raylet
+    try:
+        return str(client.GcsClient(address=address).cluster_id.hex())
+    except Exception:
+        return None
+
+
 def look(address: str) -> Connected:
     """The cluster as it is now."""
     alive = nodes(ray.nodes())
     models = sorted({node.accelerator for node in alive if node.accelerator and node.gpus})
     return Connected(address, ray.__version__, len(alive), int(sum(node.gpus for node in alive)), tuple(models))
+
+
+# what only `python -m bridge.doctor` asks
+
+
+class Held(NamedTuple):
+    """A GPU actor that is there; `health` is None when it did not answer."""
+
+    name: str
+    namespace: str
+    health: Health | None
+
+
+def living_nodes() -> list[Node]:
+    """The cluster's nodes with their GPUs."""
+    return nodes(ray.nodes())
+
+
+def free_gpus() -> float:
+    """GPUs nobody has reserved."""
+    return float(ray.available_resources().get("GPU", 0.0))
+
+
+def try_gpu_node(config: Config, share: float, accelerator: str | None, timeout_s: float) -> Trial:
+    """Start an executor on a free GPU, in a Ray task that ends with it; `Trial.problem` says what went wrong.
+
+    Args:
+        config: as for an actor.
+        share: of a GPU, which must be free.
+        accelerator: the GPU's type, or None for any.
+        timeout_s: for Ray to start the task, and again for the executor.
+    """
+    remote = ray.remote(num_gpus=share, num_cpus=0, max_retries=0, max_calls=1, accelerator_type=accelerator)
+    ref = remote(try_executor).remote(config, timeout_s)
+    done, _ = ray.wait([ref], timeout=2 * timeout_s)
+    if not done:
+        ray.cancel(ref, force=True)
+        return Trial("", {}, 0.0, "Ray has not started it on a GPU node in time")
+    try:
+        trial: Trial = ray.get(ref)
+    except Exception as error:
+        cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
+        return Trial("", {}, 0.0, as_text(cause))
+    return trial
+
+
+def gpu_actors(namespace: str, release: str, timeout_s: float) -> list[Held]:
+    """The GPU actors of all namespaces; those of ours are asked for their health, which disturbs nothing they run."""
+    held = []
+    for row in ray.util.list_named_actors(all_namespaces=True):
+        name, where = row["name"], row["namespace"]
+        if name.startswith("gpu-"):
+            held.append(Held(name, where, _health(name, where, release, timeout_s) if where == namespace else None))
+    return held
+
+
+def _health(name: str, namespace: str, release: str, timeout_s: float) -> Health | None:
+    try:
+        actor: Any = ray.get_actor(name, namespace)
+        health: Health = ray.get(actor.health.remote("doctor", release), timeout=timeout_s)
+    except Exception:
+        return None
+    return health
+
+
+def leave() -> None:
+    """Be no driver any more."""
+    if ray.is_initialized():
+        ray.shutdown()

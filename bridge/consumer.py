@@ -4,20 +4,33 @@ Everything reaches the pool through the consumer's `on_task_request`: direct, ET
 grows by one per GPU task held unacknowledged, by Celery's own mechanism for ETA tasks, and shrinks with them.
 """
 
+import functools
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from celery.exceptions import TaskRevokedError
 from celery.utils.functional import maybe_list
-from celery.worker.state import reserved_requests, revoked, revoked_stamps
+from celery.worker.state import (
+    active_requests,
+    reserved_requests,
+    revoked,
+    revoked_stamps,
+    scheduled_requests,
+    task_ready,
+)
 
+from bridge import intake, visibility
+from bridge.errors import MessageInvalid, PayloadTooLarge
 from bridge.fence_events import FenceEvents
 from bridge.redis_channel import ask_in_groups
 from bridge.supervisor import GpuRequest
+
+logger = logging.getLogger(__name__)
 
 #: Pause between two looks for expired requests, in seconds, at least.
 LOOK_AGAIN_S = 0.05
@@ -35,6 +48,11 @@ class Slots:
         self._start = start
         self._waiting: deque[Any] = deque()
         self._is_starting = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
 
     def take(self, request: Any) -> None:
         """Start a request, now or when a slot is free."""
@@ -79,6 +97,7 @@ class HybridConsumer:
     controller: Any
     task_consumer: Any
     timer: Any
+    task_buckets: Any
     event_dispatcher: Any
     _maximum_prefetch_restored: bool
 
@@ -89,6 +108,8 @@ class HybridConsumer:
         self._waiting: dict[Any, GpuRequest] = {}  # requests in the driver that no actor has taken
         self._in_hand: set[Any] = set()  # requests with a slot
         self._look_due = math.inf  # when expired ones are looked for
+        self._is_cautioned = False
+        self._dropped: set[str] = set()  # ids of tasks that have just turned out to be another worker's
         self._fence_events = FenceEvents()
         super().__init__(self._route, *args, **kwargs)  # type: ignore[call-arg]
 
@@ -97,7 +118,29 @@ class HybridConsumer:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         if self.pool.marks:
             ask_in_groups(connection)
+        self.pool.vitals.connecting(connection)
         return self.ensure_connected(connection)  # type: ignore[attr-defined]
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's message handler behind ours, which lets no message end the worker."""
+        handler = super().create_task_handler(*args, **kwargs)  # type: ignore[misc]
+        if not self.pool.marks:
+            return handler
+        intake.limit_decompression(self.pool.settings.max_body_bytes)
+        intake.shorten_logs()
+        return intake.guarded(self, handler, self.pool.settings.max_body_bytes)
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """A body that cannot be decompressed or decoded."""
+        if isinstance(exc, intake.TooMuch):
+            limit = self.pool.settings.max_body_bytes
+            intake.refuse(self, message, PayloadTooLarge(str(message.headers.get("task", "")), limit))
+        else:
+            super().on_decode_error(message, exc)  # type: ignore[misc]
+
+    def holds(self, message: Any) -> bool:
+        """Whether a request of this message waits or runs here."""
+        return any(each.message is message for each in (*reserved_requests, *scheduled_requests, *self._held))
 
     def _route(self, request: Any) -> None:
         if not self.pool.is_gpu(request):
@@ -112,9 +155,11 @@ class HybridConsumer:
             handle: GpuRequest = request.execute_using_pool(self.pool)
         except TaskRevokedError:
             self._end(request)
-        except Exception:
+        except Exception as error:  # it cannot be sent to the driver: its headers hold what cannot be pickled
             self._end(request)
-            raise
+            task_ready(request)
+            refused = MessageInvalid(f"{request.type}: its message cannot be passed on ({type(error).__name__})")
+            intake.refuse(self, request.message, refused)
         else:
             handle.on_accepted = lambda: self._accepted(request)
             handle.on_end = lambda: self._end(request)
@@ -176,10 +221,50 @@ class HybridConsumer:
     def on_ready(self) -> None:
         """Consuming starts; with ``--disable-prefetch`` a message is taken while both kinds have room."""
         super().on_ready()  # type: ignore[misc]
+        self._keep_visible()
+        self.pool.vitals.consumes(self.task_consumer.channel, lambda: self._slots.waiting)
         self.pool.gpu.listen(self._tell_fences)
         if self.app.conf.worker_disable_prefetch and self.connection.transport.driver_type == "redis":
             qos = self.task_consumer.channel.qos
             qos.can_consume = lambda: self._has_room() and bool(type(qos).can_consume(qos))
+
+    def _keep_visible(self) -> None:
+        """On Redis: what this worker holds is not given to others while its event loop turns."""
+        transport = self.connection.transport
+        if isinstance(getattr(transport, "cycle", None), visibility.RenewingPoller):
+            transport.cycle.start_renewing(self.timer, self._lost)
+            self.pool.is_lost = functools.partial(self._is_lost, transport.cycle)
+        if not self._is_cautioned:
+            self._is_cautioned = True
+            timeout_s = getattr(self.task_consumer.channel, "visibility_timeout", math.inf)
+            limits_s = [task.time_limit or 0 for name in self.pool.marks if (task := self.app.tasks[name]).acks_late]
+            for text in visibility.cautions(self.app, transport.driver_type, timeout_s, limits_s):
+                logger.warning("%s", text)
+
+    def _is_lost(self, cycle: visibility.RenewingPoller, task_id: str) -> bool:
+        """Whether a task that is about to start turns out to be another worker's."""
+        self._dropped.clear()
+        cycle.renew_if_overdue()
+        return task_id in self._dropped
+
+    def _lost(self, tags: list[Any]) -> None:
+        """Others hold these messages: what has not started here is dropped, what runs goes on and ends twice."""
+        waiting = [request for bucket in self.task_buckets.values() if bucket for request, _ in bucket.contents]
+        for request in {*reserved_requests, *scheduled_requests, *self._held, *waiting}:
+            if request.message.delivery_tag not in tags:
+                continue
+            request._on_ack = request._on_reject = _ignore
+            runs = request in active_requests
+            logger.warning(
+                "%s[%s] is another worker's by now, for this one was silent for longer than visibility_timeout: %s",
+                request.type, request.id, "it goes on here and may end twice" if runs else "it is dropped here",
+            )  # fmt: skip
+            if not runs:
+                self._dropped.add(request.id)
+                task_ready(request)
+                request.execute_using_pool = functools.partial(_drop, request)
+                if request in self._waiting:
+                    self.pool.gpu.withdraw(self._waiting[request], functools.partial(self._start, request))
 
     def _tell_fences(self) -> None:
         if self.event_dispatcher:
@@ -196,6 +281,7 @@ class HybridConsumer:
     def on_close(self) -> None:
         """The connection is gone: what has not started will be delivered again. At shutdown the pool asks for it."""
         super().on_close()  # type: ignore[misc]
+        self.pool.vitals.loses_broker()
         if self.connection is None:  # at shutdown it is still there
             self.pool.gpu.flush_requests()
             self._in_hand -= self._waiting.keys()  # flushed: nobody will say that they have ended
@@ -206,6 +292,7 @@ class HybridConsumer:
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The broker gives what has not started to others from now on: the driver hears of it first."""
+        self.pool.vitals.loses_broker()
         self.pool.gpu.flush_requests()
         for request in self._in_hand:  # nobody takes their acknowledgement any more, and kombu's Redis chokes on it
             request._on_ack = request._on_reject = _ignore
@@ -263,6 +350,12 @@ class HybridAutoscaler:
 
 def _ignore(*_: Any) -> None:
     pass
+
+
+def _drop(request: Any, *_: Any, **__: Any) -> NoReturn:
+    """In place of a request's own start: the way out that Celery has for one that was revoked, without saying so."""
+    task_ready(request)
+    raise TaskRevokedError(request.id)
 
 
 def _shift(qos: Any, change: int) -> None:

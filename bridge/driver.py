@@ -40,6 +40,7 @@ from actors.contract import (
 )
 from bridge import link as messages
 from bridge.auth import use_token
+from bridge.dead_letters import Crash, last_words, letter_of
 from bridge.errors import (
     BridgeError,
     ClusterUnavailable,
@@ -49,6 +50,8 @@ from bridge.errors import (
     StartupError,
     TaskPoisoned,
 )
+from bridge.head import outlast
+from bridge.ledger import Answered, Ledger
 from bridge.lines import TaskRule
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
@@ -98,9 +101,11 @@ class Driver:
     """The loop; one instance per driver process."""
 
     def __init__(
-        self, app: Any, sock: socket.socket, marks: dict[str, Mark], config: Config, supersedes: str, first: bool
-    ) -> None:
+        self, app: Any, sock: socket.socket, marks: dict[str, Mark], config: Config, supersedes: str, first: bool,
+        hostname: str = "",
+    ) -> None:  # fmt: skip
         self.id = uuid.uuid4().hex[:12]
+        self._hostname = hostname
         self._app = app
         self._marks = marks | map_marks()
         self._highest_first = app.connection_for_read().transport.driver_type == "amqp"  # Redis: 0 goes first
@@ -110,6 +115,7 @@ class Driver:
         self._tracing = Tracing(app, self._answer)
         self._results = GroupedResults(self._tracing)
         self._results.adopt(app.tasks[name] for name in self._marks)
+        self._results.warm_up()
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
@@ -131,9 +137,11 @@ class Driver:
         self._rules = {name: rule_of(mark) for name, mark in self._marks.items()}
         self._scheduler = Scheduler(rules, self._rules)
         use_token()
+        outlast(s.head_wait_s)
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
-        namespace = s.namespace or f"bridge-{app.main or 'app'}"
+        namespace = s.namespace_of(app)
+        self._ledger = Ledger(app, s, namespace, self._notify)
         self._config = config
         self._fleet = Fleet(s, namespace, self.id, supersedes, self._config, needs(marks.values()))
 
@@ -256,6 +264,8 @@ class Driver:
                 case cluster.Connected():
                     self._roster.set_cluster(event._asdict())
                     self._send_report()
+                case Answered(then, value):
+                    then(value)
                 case fleet.ClusterLost():
                     logger.error("the Ray cluster is gone; GPU tasks wait for it, CPU tasks go on")
                     return EXIT_CLUSTER_LOST
@@ -276,9 +286,13 @@ class Driver:
             if now - stranded.since >= longest:
                 self._cancel_quietly(stranded.token)
                 self._refuse(task, self._no_actor(stranded.name))
-            elif self._roster.ready and now - stranded.since > GROW_AFTER_S and stranded.name not in self._warned:
+            elif self._is_in_vain(stranded.name, now - stranded.since):
                 self._warned.add(stranded.name)
                 logger.warning("%s waits up to %g s: %s", stranded.name, longest, self._no_actor(stranded.name))
+
+    def _is_in_vain(self, name: str, waited_s: float) -> bool:
+        """Whether it is to be said that no actor suits; one that has become ready in this very turn may."""
+        return bool(self._roster.ready) and not self._events and waited_s > GROW_AFTER_S and name not in self._warned
 
     def _no_actor(self, name: str) -> BridgeError:
         """Why a task cannot run anywhere now."""
@@ -300,10 +314,31 @@ class Driver:
         if run.refusal:
             self._refuse(task, MessageInvalid(f"{run.task}: {run.refusal}"))
         elif run.task in self._marks:
-            self._wait(task)
+            self._begin(task)
         else:  # the registry of this process differs from the worker's
             self._accept(task)
             self._tracing.start(task)
+
+    def _begin(self, task: TracedTask) -> None:
+        """Let a task wait; of one that is delivered again it is asked before what it has done to executors."""
+        info = task.run.request.get("delivery_info") or {}
+        if not info.get("redelivered") or not self._is_counted(task):
+            self._wait(task)
+            return
+
+        def go_on(crashes: dict[str, Crash] | None) -> None:
+            if self._tasks.get(task.run.serial) is not task:
+                return  # given back meanwhile
+            task.crashes = crashes or {}
+            if task.cancelled:
+                self._end(task, einfo(Terminated(signal.SIGTERM)))
+            elif len(task.crashes) >= self._most_crashes(task):
+                self._bury(task)
+            else:
+                task.alone = bool(task.crashes)
+                self._wait(task, task.alone)
+
+        self._ledger.look(str(task.run.id), go_on)
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
         priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
@@ -452,6 +487,7 @@ class Driver:
         if news.soft_limit_hit:
             self._send(messages.SoftLimited(task.run.serial, task.run.soft_limit_s or 0.0))
         if news.wishes:
+            task.told.extend(wish for wish in news.wishes if len(wish) <= 2 * self._settings.log_limit_bytes)
             goes_on = not task.cancelled or task.how is Reason.SOFT_LIMIT  # else progress would overwrite REVOKED
             self._tracing.resume(task, news if goes_on else _only_logs(news))
         if task.run.serial not in self._tasks:  # its wish has failed, and with it the task
@@ -473,15 +509,54 @@ class Driver:
         if task is None:
             return
         if isinstance(outcome, Succeeded):
+            self._acquit(task)
             self._finished.append((task, outcome))
         else:
             self._judge(task, actor, outcome)
 
     def _judge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
-        """A failure: `bridge/verdicts.py` says what becomes of the task."""
-        standing = self._charge(task, actor, outcome)
+        """A failure: count it, where others may count on, and let `bridge/verdicts.py` say what becomes of the task."""
+        if outcome.kind is FailureKind.CRASHED:
+            self._charge(task, actor, outcome)
+        elif outcome.kind in (FailureKind.LOST, FailureKind.UNSURE):
+            task.losses += 1
+            if actor in self._roster.ready:
+                self._lose_actor(actor, outcome.message)
+            self._decide(task, actor, outcome)
+        else:
+            self._decide(task, actor, outcome)
+
+    def _charge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
+        """Note a crash; whether it was one too many is known when Redis has answered, if it is asked at all."""
+        crash = Crash(time.time(), outcome.message, self._hostname, actor, self._roster.node(actor))
+        task.crashes[f"{self.id}.{outcome.token}"] = crash
+
+        def go_on(known: dict[str, Crash] | None) -> None:
+            if self._tasks.get(task.run.serial) is task:
+                task.crashes.update(known or {})
+                self._decide(task, actor, outcome)
+
+        if self._is_counted(task) and not task.cancelled:
+            self._ledger.add(str(task.run.id), task.crashes.copy(), go_on)
+        else:
+            self._decide(task, actor, outcome)
+
+    def _is_counted(self, task: TracedTask) -> bool:
+        """Whether the task's crashes are kept in Redis: it may run again, and Celery does not count its retries."""
+        standing = self._standing(task)
+        return self._ledger.is_shared and standing.may_run_twice and not standing.retry_on_worker_lost
+
+    def _decide(self, task: TracedTask, actor: int, outcome: Failed) -> None:
+        """What becomes of a task that has failed."""
+        standing = self._standing(task)
+        if outcome.kind is FailureKind.CRASHED:
+            logger.error(
+                "%s[%s] was running when its executor died (%s): crash %d of %d",
+                task.run.task, task.run.id, outcome.message, standing.crashes, standing.max_crashes,
+            )  # fmt: skip
         match judge(outcome.kind, standing):
             case Verdict.RESUME:
+                self._acquit(task)
                 self._tracing.resume(task, outcome)
             case Verdict.AGAIN:
                 self._again(task, alone=False)
@@ -494,7 +569,7 @@ class Driver:
                 reason = f"Worker exited prematurely: {outcome.message}.{_REMARKS.get(outcome.kind, '')}"
                 self._end(task, einfo(WorkerLostError(reason)))
             case Verdict.POISONED:
-                self._tracing.resume(task, TaskPoisoned(task.run.task, task.crashes, outcome.message))
+                self._bury(task)
             case Verdict.UNAVAILABLE:
                 self._tracing.resume(task, ClusterUnavailable(f"lost {task.losses} times, last: {outcome.message}"))
             case Verdict.TIMED_OUT:
@@ -519,29 +594,51 @@ class Driver:
         self._events.append(ActorShort(actor, task.run.task))
         self._again(task, alone=False)
 
-    def _charge(self, task: TracedTask, actor: int, outcome: Failed) -> Standing:
-        """Count a crash or a loss; how the task stands then."""
-        limit = self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
-        if outcome.kind is FailureKind.CRASHED:
-            task.crashes += 1
-            logger.error(
-                "%s[%s] was running when its executor died (%s): crash %d of %d",
-                task.run.task, task.run.id, outcome.message, task.crashes, limit,
-            )  # fmt: skip
-        elif outcome.kind in (FailureKind.LOST, FailureKind.UNSURE):
-            task.losses += 1
-            if actor in self._roster.ready:
-                self._lose_actor(actor, outcome.message)
+    def _standing(self, task: TracedTask) -> Standing:
+        """What a task allows, and what has happened to it."""
         options = self._app.tasks[task.run.task]
         return Standing(
             acks_late=bool(options.acks_late),
             reject_on_worker_lost=options.reject_on_worker_lost,
             retry_on_worker_lost=bool(options.retry_on_worker_lost),
-            max_crashes=limit,
-            crashes=task.crashes,
+            max_crashes=self._most_crashes(task),
+            crashes=len(task.crashes),
             losses=task.losses,
             cancelled=task.cancelled,
         )
+
+    def _most_crashes(self, task: TracedTask) -> int:
+        return self._marks[task.run.task].gpu.max_crashes or self._settings.max_crashes
+
+    def _acquit(self, task: TracedTask) -> None:
+        """Its body has ended by itself: a later message of the same id begins at no crash."""
+        if task.crashes and self._is_counted(task):
+            self._ledger.forget(str(task.run.id))
+
+    def _bury(self, task: TracedTask) -> None:
+        """It has ended too many executors: its message is kept first, then it fails."""
+        last = max(task.crashes.values()).how
+        error = TaskPoisoned(task.run.task, len(task.crashes), last)
+
+        def go_on(_: Any) -> None:
+            if self._tasks.get(task.run.serial) is not task:
+                return  # given back meanwhile
+            if task.cancelled:
+                self._end(task, einfo(Terminated(signal.SIGTERM)))
+            else:
+                self._refuse(task, error)
+
+        if not self._ledger.is_shared:
+            go_on(None)
+            return
+        try:
+            words, serializer = last_words(task.told), self._app.conf.task_serializer
+            letter = letter_of(task.run, str(error), task.crashes.values(), words, serializer)
+        except Exception:  # an odd message; it ends as any other
+            logger.exception("%s[%s] leaves no dead letter", task.run.task, task.run.id)
+            go_on(None)
+        else:
+            self._ledger.bury(letter, go_on)
 
     # ---- actors
 
@@ -602,7 +699,7 @@ def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config
     marks = find_marks(app.tasks.values(), settings().gpu_tasks)
     prepare(app, marks, lambda *args, **kwargs: driver[0].forward(*args, **kwargs), settings().validate_configured)
     process_initializer(app, hostname)
-    driver.append(Driver(app, sock, marks, config, supersedes, first))
+    driver.append(Driver(app, sock, marks, config, supersedes, first, hostname))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a driver ends
     code = driver[0].run()

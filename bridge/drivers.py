@@ -129,6 +129,11 @@ class Drivers:
         return [each.pid for each in self._all]
 
     @property
+    def heard(self) -> tuple[tuple[int | None, float | None], ...]:
+        """Process id of each, and when it last said something; see `DriverSupervisor.heard_at`."""
+        return tuple((each.pid, each.heard_at) for each in self._all)
+
+    @property
     def report(self) -> dict[str, Any]:
         """The fleet as one of them sees it, the first that sees any actor."""
         return next((each.report for each in self._all if each.report["actors"]), self._all[0].report)

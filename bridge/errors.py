@@ -15,6 +15,7 @@
     └── TaskError                   what one task ends with
         ├── PayloadInvalid            arguments that do not fit the task's signature
         ├── MessageInvalid            a header of the message that means nothing
+        ├── PayloadTooLarge           a message body beyond BRIDGE_MAX_BODY_BYTES
         ├── GpuOutOfMemory            the device (or host) had too little memory for this task alone
         ├── TaskPoisoned              the task ended its executor too often
         ├── TaskNotOnActor            the executor's copy of the app does not know the task
@@ -129,6 +130,25 @@ class PayloadInvalid(TaskError):
 
 class MessageInvalid(TaskError):
     """A header of the task's message that means nothing, such as a time limit that is no number."""
+
+
+class PayloadTooLarge(TaskError):
+    """A message whose body is larger than BRIDGE_MAX_BODY_BYTES, as it is or decompressed; nothing of it was decoded.
+
+    Args:
+        task: the task's name, or empty.
+        limit: bytes.
+    """
+
+    def __init__(self, task: str, limit: int) -> None:
+        super().__init__(task, limit)
+        self.task, self.limit = task, limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task or 'a task'}: the message's body is larger than {self.limit} bytes: store the data and send "
+            "where it lies, or raise BRIDGE_MAX_BODY_BYTES for the worker"
+        )
 
 
 class GpuOutOfMemory(TaskError):

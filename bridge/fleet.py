@@ -21,15 +21,14 @@ from actors import gpu_actor
 from actors.breaker import BreakerRules
 from actors.contract import ActorState, Busy, Call, Config, Health, Reason, Reply
 from actors.entries import Limits
-from bridge.cluster import Connected, answers, connect, find_cluster, look
+from bridge.cluster import Connected, answers, connect, find_cluster, identity, look
 from bridge.errors import ClusterNotFound, GpuNotFound, StartupError, as_text
+from bridge.head import Head, HeadWatch
 from bridge.places import KIND_SIZE, Bounds, Needs, Place, bounds, missing, nodes, places
 from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: The cluster counts as gone after this many failed probes in a row.
-PROBES = 5
 #: States of an actor that waits in Ray for a GPU.
 _HOMELESS = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
 #: How `Place.name` names actors.
@@ -213,7 +212,8 @@ class Fleet:
             logger.exception("the fleet's start broke")
             self._notify(StartFailed(ClusterNotFound(f"Ray could not be used: {as_text(error)}")))
             return
-        failed_probes, next_beat = 0, 0.0
+        watch = HeadWatch(lambda: answers(self._address), lambda: identity(self._address), self._settings.head_wait_s)
+        next_beat = 0.0
         while True:
             try:
                 answer = self._events.get(timeout=max(0.0, next_beat - time.monotonic()))
@@ -226,13 +226,14 @@ class Fleet:
                 continue
             except queue.Empty:
                 next_beat = time.monotonic() + self._settings.beat_s
-            failed_probes = 0 if answers(self._address) else failed_probes + 1
-            if failed_probes >= PROBES:
+            head = watch.look()
+            if head is Head.GONE:
                 self._notify(ClusterLost())
                 return
-            if not failed_probes:  # with the head away a look-up would hang
+            if head is Head.HERE:  # with the head away a look-up would hang
                 self._guard(self._restart_next)
                 self._guard(self._beat)
+            self._guard(self._ask_all)  # actors hear and answer without a head
 
     def _guard(self, step: Callable[..., None], *args: Any) -> None:
         """One step of the helper; an error in it must not end the beats for good."""
@@ -268,7 +269,7 @@ class Fleet:
             )
 
     def _beat(self) -> None:
-        """One look at the cluster and every actor."""
+        """One look at the cluster; actors that are missing are created."""
         try:
             self._look_at_cluster()
             self._adopt()
@@ -276,7 +277,9 @@ class Fleet:
                 self._fill(kind)
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
-            return
+
+    def _ask_all(self) -> None:
+        """Each actor's health; it renews this driver's lease there, too."""
         waits = f"waits in Ray for {self._needs.share:g} GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
         for slot, known in list(self._slots.items()):
             self._ask(slot, known)

@@ -5,10 +5,12 @@ Everything not about GPU tasks is Celery's own code, untouched. Never imports ra
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from celery import signals
 from celery.concurrency.prefork import TaskPool, _run_ready_callbacks
+from celery.exceptions import TaskRevokedError
 from kombu.asynchronous import get_event_loop, set_event_loop
 from kombu.utils.imports import symbol_by_name
 
@@ -20,6 +22,7 @@ from bridge.errors import StartupError, TransportUnsupported
 from bridge.marks import MAPS, find_marks, is_gpu
 from bridge.settings import settings
 from bridge.supervisor import GpuRequest
+from bridge.vitals import Vitals
 
 #: Default for BRIDGE_GPU_SLOTS, per driver; a larger batch raises it to thrice its size: one runs, one fills, one is on
 #: its way to a result.
@@ -44,7 +47,9 @@ class HybridPool(TaskPool):
         self.gpu_slots = self.settings.gpu_slots or max(DEFAULT_SLOTS * self.settings.drivers, 3 * largest)
         hostname = (self.options.get("initargs") or (None, "celery"))[1]
         self.gpu = Drivers(self.app, hostname, self.settings, self.marks)
+        self.vitals = Vitals(hostname, self)
         self._hub: Any = None
+        self.is_lost: Callable[[str], bool] = lambda _: False  # on Redis: whether a task is another worker's by now
 
     # ---- start and stop
 
@@ -56,28 +61,38 @@ class HybridPool(TaskPool):
                     f"the broker transport {self.app.connection().transport.driver_type!r} has no event loop, "
                     "which GPU tasks need: use Redis or RabbitMQ"
                 )
+            self.vitals.open()
             super().on_start()
             if self.marks:
                 self.gpu.start([*self.marks, *MAPS])
                 with Progress() as progress:
-                    self.gpu.wait_until_ready(progress.say)
+                    self.gpu.wait_until_ready(lambda text: self._show(progress, text))
+            self.vitals.starts("connecting to the broker")
         except StartupError as error:
             self.gpu.kill()
+            self.vitals.close()
             refuse(error)
         except BaseException:  # told to stop meanwhile: a pool that has not started is not stopped by anybody else
             self.gpu.kill()
+            self.vitals.close()
             raise
         if not {"-q", "--quiet"} & set(sys.argv):  # as for Celery's own banner, which the pool is not told of
             print(gpu_banner(self.info["gpu"], self.marks), file=sys.__stdout__, flush=True)
+
+    def _show(self, progress: Progress, text: str) -> None:
+        progress.say(text)
+        self.vitals.starts(text)
 
     def register_with_event_loop(self, loop: Any) -> None:
         """Serve children and driver on the worker's event loop."""
         super().register_with_event_loop(loop)
         self._hub = loop
         self.gpu.register(loop)
+        self.vitals.register(loop)
 
     def on_stop(self) -> None:
         """Warm shutdown: finish what runs, on CPU and GPU, acknowledging each task as it ends; give back what waits."""
+        self.vitals.stops()
         if self._hub is not None and get_event_loop() is None:
             set_event_loop(self._hub)  # Celery forgets it after a reconnect; late acks would wait for the whole drain
         if self.gpu.can_drain:
@@ -88,11 +103,14 @@ class HybridPool(TaskPool):
         else:  # a signal arrived in the middle of a read or write of the link
             self.gpu.kill()
             super().on_stop()
+        self.vitals.close()
 
     def on_terminate(self) -> None:
         """Cold shutdown: end children and driver at once; actors stay warm."""
+        self.vitals.stops()
         self.gpu.kill()
         super().on_terminate()
+        self.vitals.close()
 
     def restart(self) -> None:
         """`control pool_restart`: new children and a new driver, each when it has finished what it runs."""
@@ -124,6 +142,8 @@ class HybridPool(TaskPool):
 
     def apply_async(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send a marked task to the driver and any other to a child."""
+        if args and self.is_lost(args[1]):
+            raise TaskRevokedError(args[1])  # Celery's way out of a start
         if not args or not is_gpu(self.marks, args[0], args[2].get("args"), args[2].get("kwargs")):
             return super().apply_async(target, args, kwargs, **options)
         name, task_id, request, body, content_type, content_encoding = args

@@ -20,6 +20,9 @@ from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
 from redis.exceptions import NoScriptError, ResponseError
 
+from bridge.intake import UNREADABLE, drop_unreadable
+from bridge.visibility import RENEW, RenewingPoller, RenewingQoS
+
 logger = logging.getLogger(__name__)
 
 #: One script takes at most this many messages, and no further one when it has this many bytes.
@@ -97,7 +100,7 @@ return taken
 """
 
 
-class GroupedQoS(stock.QoS):
+class GroupedQoS(RenewingQoS):
     """Which messages are unacknowledged; of one that was taken and not delivered yet, None stands for the message."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +119,8 @@ class GroupedQoS(stock.QoS):
         else:  # in the order of their arrival, in which kombu gives them back
             virtual.QoS.append(self, message, delivery_tag)
             self.channel.keep(*answer)
+        self.has_noted(delivery_tag)
+        self.channel.is_built = True
 
     def is_only_taken(self, delivery_tag: Any) -> bool:
         """Whether a message was taken and is not delivered yet."""
@@ -124,6 +129,7 @@ class GroupedQoS(stock.QoS):
     def add_taken(self, delivery_tag: Any) -> None:
         """Count a message from now on; closing the channel gives it back."""
         self._delivered[delivery_tag] = None
+        self.has_noted(delivery_tag)
 
     def forget_taken(self, delivery_tag: Any) -> None:
         """It has gone another way."""
@@ -213,12 +219,14 @@ class GroupedChannel:
     _refused_until = 0.0
     _more_waits = False  # the last question was answered in full
     _asked: Any = None
+    is_built = False  # the text being delivered has become a message
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: deque[tuple[str, str, bytes]] = deque()  # queue, delivery tag, text
         self._without_ack: set[str] = set()  # queues
         super().__init__(*args, **kwargs)
         self._take = redis.Redis().register_script(_TAKE)
+        self.renew_script = redis.Redis().register_script(RENEW)
 
     @property
     def plain_client(self) -> Any:
@@ -261,9 +269,12 @@ class GroupedChannel:
         connection.send_command("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *self._asked.acks)
 
     def _brpop_read(self, **options: Any) -> Any:
-        self._reads = True
+        self._reads, self.is_built = True, False
         try:
             return super()._brpop_read(**options) if self._asked is None else self._read_answer()  # type: ignore[misc]
+        except UNREADABLE as error:
+            drop_unreadable(error, self.is_built)
+            return True
         finally:
             self._reads = False
             self._deliver_taken()
@@ -349,16 +360,17 @@ class GroupedChannel:
         qos = self.qos  # type: ignore[attr-defined]
         while self._taken:
             queue, tag, raw = self._taken.popleft()
+            self.is_built = False
             try:
                 self.connection._deliver(loads(bytes_to_str(raw)), queue)  # type: ignore[attr-defined]
-            except Exception:
+            except UNREADABLE as error:
                 if qos.is_only_taken(tag):  # no message can be made of it: lost, as it would be with kombu
                     qos.ack(tag)
-                raise
+                drop_unreadable(error, self.is_built)
             qos.forget_taken(tag)
 
 
-class GroupedPoller(stock.MultiChannelPoller):
+class GroupedPoller(RenewingPoller):
     """Sends the acknowledgements of a turn of the event loop before it waits again."""
 
     def on_poll_start(self) -> None:

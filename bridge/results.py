@@ -10,7 +10,9 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import wraps
+from threading import Thread
 from typing import Any, NamedTuple
 
 import redis
@@ -88,6 +90,15 @@ class GroupedResults:
             if id(backend) not in self._waiting and can_be_grouped(backend):
                 self._waiting[id(backend)] = backend, []
                 backend._store_result = self._grouped(backend, backend._store_result)
+
+    def warm_up(self) -> None:
+        """Connect, and give Redis the script in the background, as it may not answer: the first task need not."""
+        Thread(target=self._connect, name="results", daemon=True).start()
+
+    def _connect(self) -> None:
+        for backend, _ in self._waiting.values():
+            with suppress(Exception):  # whoever stores a result meets it again, and says so
+                backend.client.script_load(_STORE)
 
     @property
     def are_waiting(self) -> bool:

@@ -75,6 +75,10 @@ class Roster:
         """What is known of the cluster itself."""
         self._cluster = facts
 
+    def node(self, slot: int) -> str:
+        """Where an actor is, as last heard; "" where unknown."""
+        return str(self._rows.get(slot, {}).get("node", ""))
+
     def describe(self) -> str:
         """The ready actors in words, for an error about what none of them has."""
         rows = [self._rows[slot] for slot in sorted(self.ready)]

@@ -1,12 +1,12 @@
 """Every knob of the bridge, once: name with its unit, default, bounds, reason. Read from the environment as BRIDGE_*.
 
-No other file reads the environment. Seconds and bytes everywhere.
+No other file reads the environment, but `bridge/health.py`, which has no time for this one. Seconds and bytes.
 """
 
 from functools import cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bridge.errors import ConfigurationInvalid
@@ -35,6 +35,14 @@ class Settings(BaseSettings):
         None, ge=1, description="GPU tasks one worker holds at once; default 32, or thrice the largest batch"
     )
     max_crashes: int = Field(2, ge=1, description="executor deaths charged to one task before it fails")
+    crash_memory_s: float = Field(
+        604_800.0, gt=0, description="Redis remembers a task's crashes for this long after the last one"
+    )
+    dead_letters: int = Field(
+        1000, ge=0, description="poisoned tasks kept in Redis for `python -m bridge.dead`, at most; the oldest goes"
+    )
+    dead_letters_bytes: int = Field(67_108_864, ge=1, description="what they may hold together; the oldest goes")
+    dead_letters_s: float = Field(1_209_600.0, gt=0, description="a poisoned task is kept for this long")
     gpu_memory_limit: str = Field(
         "90%",
         description="limit of CuPy's memory pool: bytes such as 8GiB, or a share of what the actor reserves, such as "
@@ -74,6 +82,9 @@ class Settings(BaseSettings):
     cluster_wait_s: float = Field(
         300.0, gt=0, description="tasks wait this long for a cluster that is gone, then fail as ClusterUnavailable"
     )
+    head_wait_s: float = Field(
+        50.0, gt=0, description="drivers go on this long without Ray's head; Ray ends its nodes' processes after 60 s"
+    )
     grace_s: float = Field(5.0, gt=0, description="a cancelled body that goes on is ended with its executor after this")
     keep_warm_s: float = Field(300.0, gt=0, description="actors outlive the last worker by this")
     lease_s: float = Field(10.0, gt=0, description="queued tasks of a driver not heard of for this long are dropped")
@@ -91,6 +102,21 @@ class Settings(BaseSettings):
     )
     beat_s: float = Field(2.0, gt=0, description="how often the driver asks actors for their health")
 
+    # health (bridge/health.py)
+    health_address: str | None = Field(
+        None,
+        description="host:port where the worker answers /livez, /readyz and /health over HTTP; a port alone means "
+        "127.0.0.1; default: no port, `python -m bridge.health` asks over a private socket",
+    )
+    runtime_dir: str | None = Field(
+        None,
+        description="folder of the workers' private sockets, for `python -m bridge.health`; default "
+        "/tmp/celery-gpu-bridge-UID",
+    )
+    hung_after_s: float = Field(
+        15.0, gt=2, description="a worker whose main thread has not turned for this long is not live any more"
+    )
+
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
@@ -101,6 +127,11 @@ class Settings(BaseSettings):
     calls_outstanding: int = Field(2, ge=1, le=4, description="calls per driver and actor not answered yet, at most")
 
     # sizes
+    max_body_bytes: int = Field(
+        64 << 20,
+        ge=1024,
+        description="messages with a larger body, as it is or decompressed, are refused before they are decoded",
+    )
     inline_limit_bytes: int = Field(65_536, ge=1, description="larger payloads and values travel on their own")
     queued_tasks: int = Field(4096, ge=1, description="an actor with this many waiting tasks refuses calls as busy")
     log_limit_bytes: int = Field(
@@ -111,11 +142,34 @@ class Settings(BaseSettings):
     reply_after_s: float = Field(0.02, gt=0, description="a call answers after this as soon as any task of it has news")
     collect_wait_s: float = Field(1.0, gt=0, description="a call without news is asked again this often")
 
+    @field_validator("health_address")
+    @classmethod
+    def _is_a_place(cls, address: str | None) -> str | None:
+        if address is not None:
+            _place(address)
+        return address
+
+    @property
+    def health_place(self) -> tuple[str, int] | None:
+        """Host and port of `health_address`."""
+        return _place(self.health_address) if self.health_address is not None else None
+
+    def namespace_of(self, app: Any) -> str:
+        """The namespace of an app's workers: as set, or of the app's name."""
+        return self.namespace or f"bridge-{app.main or 'app'}"
+
     @model_validator(mode="after")
     def _bounds_of_the_fleet(self) -> Self:
         if self.min_actors is not None and self.max_actors is not None and self.min_actors > self.max_actors:
             raise ValueError("BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS")
         return self
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("write host:port, such as 127.0.0.1:8080, 0.0.0.0:8080 or [::1]:8080, or the port alone")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 @cache

@@ -1,7 +1,8 @@
 """``--standalone``: one machine, nothing but Python. Starts Redis and a local Ray, and takes both down at the end.
 
 Redis comes up at the app's own broker URL, so producers need not change; one that answers there already is used.
-Ray gets a private folder and a token of its own. Both die with this process, also when it is killed.
+Ray gets a private folder and a token of its own. Both listen on loopback only, and die with this process, also when it
+is killed.
 """
 
 import ctypes
@@ -25,6 +26,9 @@ from bridge.errors import ConfigurationInvalid, StandaloneFailed
 
 #: Memory of the local Ray's object store, in bytes: enough for large payloads, small enough for a laptop.
 OBJECT_STORE_BYTES = 512 * 1024**2
+#: Commands that write files, load code or copy the data elsewhere; Celery needs none. Without a password in the app's
+#: URL any user of this machine may talk to this Redis, and must not become this process's user by it.
+FORBIDDEN = ("CONFIG", "MODULE", "DEBUG", "SAVE", "BGSAVE", "BGREWRITEAOF", "REPLICAOF", "SLAVEOF", "MIGRATE")
 #: Redis and Ray each get this long to answer, in seconds.
 START_S = 60.0
 #: And this long to end by themselves.
@@ -62,11 +66,18 @@ def _start_redis(app: Any, folder: Path, at_end: ExitStack, progress: Progress) 
     endpoint = _Endpoint(connection)
     if not endpoint.is_local or endpoint.answers():
         return
+    if connection.ssl:
+        raise StandaloneFailed(
+            "its Redis speaks no TLS: start yours at the broker URL, or use redis:// with --standalone"
+        )
     config = folder / "redis"
     config.mkdir()
     process = _spawn([redis_binary(), "-"], config / "log", at_end, stdin=endpoint.configuration(config))
     _wait(process, endpoint.answers, "starting Redis", config / "log", progress)
     print(f"bridge: Redis runs at {connection.as_uri()} until this worker ends", file=sys.__stderr__, flush=True)
+    if not endpoint.password and not endpoint.path:
+        text = "it has no password, as your broker URL has none: any user of this machine can send it tasks"
+        print(f"bridge: warning: {text}", file=sys.__stderr__, flush=True)
 
 
 def _start_ray(folder: Path, at_end: ExitStack, progress: Progress) -> None:
@@ -74,6 +85,9 @@ def _start_ray(folder: Path, at_end: ExitStack, progress: Progress) -> None:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+        "0"  # elsewhere Ray listens to the world, whatever address it is given
+    )
     os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody else uses this cluster: nothing to wait for
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
@@ -119,7 +133,8 @@ class _Endpoint:
             else f"port {self.port}\nbind 127.0.0.1 -::1"
         )
         password = f'requirepass "{self.password}"\n' if self.password else ""
-        return f'{where}\n{password}dir {folder}\nsave ""\nappendonly no\n'
+        closed = "".join(f'rename-command {command} ""\n' for command in FORBIDDEN)
+        return f'{where}\n{password}{closed}dir {folder}\nsave ""\nappendonly no\n'
 
 
 def redis_binary() -> str:

@@ -94,6 +94,7 @@ class DriverSupervisor:
         self._starts = 0
         self._failures = 0
         self._heard_at = 0.0
+        self._has_reported = False  # the driver that is there now
         self._process: Any = None
         self._link: Link | None = None
         self._hub: Any = None
@@ -126,6 +127,7 @@ class DriverSupervisor:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._starts += 1
+        self._has_reported = False
         name = f"{self._label}-{self._starts}"
         self._process = billiard.Process(
             target=driver.main,
@@ -242,6 +244,11 @@ class DriverSupervisor:
     def pid(self) -> int | None:
         """The driver's process id."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def heard_at(self) -> float | None:
+        """When the driver last said something, as `time.monotonic`; None before its first report and without one."""
+        return self._heard_at if self._link is not None and self._has_reported else None
 
     @property
     def in_flight(self) -> int:
@@ -384,6 +391,7 @@ class DriverSupervisor:
     def _handle(self, message: Any) -> None:
         if isinstance(message, Report):
             self.report = message.fleet
+            self._has_reported = True
             self._driver_id = message.fleet.get("driver_id", "")
             self._start_error = message.error
             if any(actor["state"] == ActorState.READY for actor in message.fleet["actors"]):

@@ -9,6 +9,7 @@ import inspect
 import logging
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from celery.app.trace import fast_trace_task
 
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.contract import Outcome, Pending, Reason
-from bridge.errors import BridgeError
+from bridge.dead_letters import Crash
+from bridge.errors import BridgeError, TaskPoisoned
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
@@ -26,6 +28,8 @@ from bridge.validation import Check, checker
 
 logger = logging.getLogger(__name__)
 
+#: News of a running body that are kept in case they are its last.
+LAST_WORDS = 4
 #: A stretch between two switches longer than this is logged, in seconds: it stops every other GPU task of the worker.
 SLOW_S = 1.0
 
@@ -46,6 +50,7 @@ class TracedTask:
         "run",
         "short_since",
         "token",
+        "told",
         "tracer",
     )
 
@@ -60,7 +65,9 @@ class TracedTask:
         self.alone = False  # it was running when an executor died, alone or with others: it shares no run any more
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
-        self.crashes = self.losses = 0
+        self.losses = 0
+        self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
+        self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
         self.short_since = 0.0  # when it was first refused for want of memory
 
 
@@ -146,7 +153,7 @@ class Tracing:
             return original(*args, **kwargs)  # a hook or an error callback calls a task as a function
         tracer.forwarded = True
         if tracer.refusal is not None:
-            raise tracer.refusal
+            raise _final(celery_task, tracer.refusal)
         task = tracer.task
         task.payload = _payload(args, kwargs, vars(celery_task.request), task.run.request)
         try:
@@ -159,7 +166,7 @@ class Tracing:
             task.payload = None
         tracer.has_outcome = True
         if isinstance(outcome, BridgeError):
-            raise outcome
+            raise _final(celery_task, outcome)
         return resolve(celery_task, outcome)
 
     def _trace(self, task: TracedTask) -> None:
@@ -173,6 +180,18 @@ class Tracing:
             self._answer(task, Ended(run.serial, einfo(error)))
         else:
             self._answer(task, Done(run.serial, result))
+
+
+class _Final(BaseException):
+    """Carries an error past Celery's autoretry, which takes any `Exception` if the user says so."""
+
+    def __init__(self, error: BridgeError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _final(task: Any, error: BridgeError) -> BaseException:
+    return _Final(error) if isinstance(error, TaskPoisoned) and hasattr(task, "_orig_run") else error
 
 
 def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> bytes:
@@ -212,12 +231,27 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
         # Task.retry merges new arguments with the message's by the signature it finds.
         stand_in.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
         replace_innermost(task, stand_in)
+        if hasattr(task, "_orig_run"):
+            task.run = _without_final(task.run)
         if name in MAPS:
             task.run = _checked_items(checks, task.run, starred=name == "celery.starmap")
         elif name in checks and not has_own_check:
             task.run = _checked(checks[name], task.run)
         if has_custom_call(task):
             without_custom_call(task)  # it runs in the executor, around the body
+
+
+def _without_final(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Outside of autoretry: a poisoned task ends."""
+
+    def ended(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except _Final as final:
+            raise final.error from None
+
+    ended.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
+    return ended
 
 
 def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     with ExitStack() as at_end:
         try:
             line = parse(arguments)
-            app = _load_app(line)
+            app = load_app(line)
             if line.standalone:
                 from bridge.standalone import start
 
@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> None:
         _hand_over(line)
 
 
-def _load_app(line: CommandLine) -> Any:
+def load_app(line: CommandLine) -> Any:
     """Import the app as Celery will.
 
     Raises:
@@ -190,28 +190,38 @@ def _check_broker(app: Any) -> None:
 
     deadline = time.monotonic() + settings().connect_wait_s
     for what, address, attempt in (
-        ("broker", app.connection_for_read().as_uri(), lambda: _ping_broker(app)),
-        ("result backend", app.backend.as_uri(), lambda: _ping_backend(app)),
+        ("broker", app.connection_for_read().as_uri(), lambda: ping_broker(app)),
+        ("result backend", app.backend.as_uri(), lambda: ping_backend(app)),
     ):
         while True:
             try:
                 attempt()
                 break
             except Exception as error:
-                refused = any(word in str(error).lower() for word in ("password", "auth", "wrongpass"))
+                refused = is_refusal(error)
                 if what == "result backend" and not refused:
                     text = f"the result backend {address} does not answer: {as_text(error, 160)}"
                     print(f"bridge: warning: {text}; results are lost until it does", file=sys.stderr, flush=True)
                     break
                 if refused or time.monotonic() > deadline:
-                    advice = "check user and password" if refused else "is it running? --standalone starts a Redis"
                     raise BrokerUnreachable(
-                        f"the {what} {address} cannot be used: {as_text(error, 160)}; {advice}"
+                        f"the {what} {address} cannot be used: {as_text(error, 160)}; {advice_on(error)}"
                     ) from error
                 time.sleep(0.5)
 
 
-def _ping_broker(app: Any) -> None:
+def is_refusal(error: Exception) -> bool:
+    """Whether a broker or backend is there and does not let us in."""
+    return any(word in str(error).lower() for word in ("password", "auth", "wrongpass"))
+
+
+def advice_on(error: Exception) -> str:
+    """What to do about a broker or backend that cannot be used."""
+    return "check user and password" if is_refusal(error) else "is it running? --standalone starts a Redis"
+
+
+def ping_broker(app: Any) -> None:
+    """Reach the broker; raises whatever its client raises."""
     with app.connection_for_read() as connection:
         connection.connect()
         client = getattr(connection.default_channel, "client", None)
@@ -219,7 +229,8 @@ def _ping_broker(app: Any) -> None:
             client.ping()
 
 
-def _ping_backend(app: Any) -> None:
+def ping_backend(app: Any) -> None:
+    """Reach a result backend that can be asked; raises whatever its client raises."""
     client = getattr(app.backend, "client", None)
     if client is not None and hasattr(client, "ping"):
         client.ping()

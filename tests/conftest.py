@@ -1,13 +1,14 @@
 """Services once per session, tiers marked by folder, a clean environment for every test."""
 
 import os
+import secrets
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
-from tests.support.services import RayCluster, RedisServer, Worker
+from tests.support.services import RayCluster, RedisServer, Worker, inspected, keep_token
 
 TIERS = ("unit", "integration", "acceptance", "gpu")
 NAMESPACE = "tests"
@@ -22,11 +23,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment(tmp_path_factory):
-    """No BRIDGE_*, CELERY_* or RAY_* variable of the machine, and a home without a Ray token."""
+    """No BRIDGE_*, CELERY_* or RAY_* variable of the machine, and a home with a Ray token: clusters ask for it."""
     for name in list(os.environ):
         if name.startswith(("BRIDGE_", "CELERY_", "RAY_")):
             del os.environ[name]
-    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    home = tmp_path_factory.mktemp("home")
+    os.environ["HOME"] = str(home)
+    keep_token(home, secrets.token_hex(32))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
@@ -94,7 +97,6 @@ def gpu_stats(producer, worker):
     name = f"shop@{socket.gethostname()}"
 
     def read():
-        stats = producer.control.inspect(destination=[name], timeout=20.0).stats()
-        return stats[name]["pool"]["gpu"]
+        return inspected(producer, name, "stats")["pool"]["gpu"]
 
     return read

@@ -8,7 +8,8 @@ from bridge import Gpu, array_module
 from celery_app.application import app
 from celery_app.tasks.payloads import Numbers, vector_of
 
-_EXAMPLE = [3.0, 1.0, 2.0]  # at warm-up: kernels are compiled per type, not per length
+#: At warm-up, as long as real arrays: CuPy compiles reductions anew for longer ones.
+_EXAMPLE = [float(number % 7) for number in range(10_000)]
 
 
 @app.task(gpu=Gpu(example=(_EXAMPLE,)))

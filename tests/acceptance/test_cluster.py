@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.acceptance.test_startup import run, the_line
-from tests.support.services import ROOT, RayCluster, Worker, wait_for
+from tests.support.services import ROOT, RayCluster, Worker, inspected, keep_token, wait_for
 
 GET = {"timeout": 60}
 
@@ -30,14 +30,6 @@ def cluster(tmp_path):
             shutil.rmtree(each.folder, ignore_errors=True)
 
 
-def home_with_token(tmp_path, token):
-    folder = tmp_path / "home" / ".ray"
-    folder.mkdir(parents=True)
-    (folder / "auth_token").touch(mode=0o600)
-    (folder / "auth_token").write_text(token)
-    return str(folder.parent)
-
-
 def test_a_producer_in_another_process_that_imports_nothing_of_the_bridge(worker, environment):
     done = subprocess.run(
         [sys.executable, "-m", "tests.producers.plain"], capture_output=True, text=True, cwd=ROOT, timeout=120,
@@ -50,7 +42,7 @@ def test_a_producer_in_another_process_that_imports_nothing_of_the_bridge(worker
 def test_two_workers_share_one_set_of_actors(worker, environment, producer, send, tmp_path):
     second = Worker(tmp_path, "-c", "1", "-n", "second@%h", env=environment)
     names = [f"shop@{socket.gethostname()}", f"second@{socket.gethostname()}"]
-    stats = producer.control.inspect(destination=names, timeout=20).stats()
+    stats = {name: inspected(producer, name, "stats") for name in names}
     actors = [stats[name]["pool"]["gpu"]["actors"] for name in names]
     assert [len(each) for each in actors] == [1, 1]
     assert actors[0][0]["executor_pid"] == actors[1][0]["executor_pid"]
@@ -62,9 +54,13 @@ def test_two_workers_share_one_set_of_actors(worker, environment, producer, send
 def test_a_cluster_with_a_token_lets_in_who_has_it_and_tells_others(cluster, environment, tmp_path):
     secret = "0123456789abcdef" * 4
     ray = cluster(env={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret})
-    base = {**environment, "BRIDGE_RAY_ADDRESS": ray.address}
-    found = Worker(tmp_path, "-c", "1", "-Q", "none", env={**base, "HOME": home_with_token(tmp_path, secret)})
+    (tmp_path / "nowhere").mkdir()
+    base = {**environment, "BRIDGE_RAY_ADDRESS": ray.address, "HOME": str(tmp_path / "nowhere")}
+    token = keep_token(tmp_path / "home", secret)
+    token.chmod(0o640)
+    found = Worker(tmp_path, "-c", "1", "-Q", "none", env={**base, "HOME": str(tmp_path / "home")})
     assert "ready on" in found.output
+    assert f"other users of this machine can read Ray's token: chmod 600 {token}" in found.output
     assert found.stop() == 0
     code, said, output = run("-A", "tests.apps.shop:app", env=base)
     assert code == 69 and "no token was found" in the_line(said, output)
@@ -80,7 +76,7 @@ def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, t
     control = producer.control
 
     def actors():
-        return control.inspect(destination=[name], timeout=20)._request("gpu")[name]["actors"]
+        return inspected(producer, name, "gpu")["actors"]
 
     wait_for(lambda: [actor["state"] for actor in actors()] == ["ready"] * 2, "both actors")
     before = {actor["slot"]: actor["pid"] for actor in actors()}

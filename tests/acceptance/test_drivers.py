@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 
-from tests.support.services import Worker, wait_for
+from tests.support.services import Worker, inspected, wait_for
 
 GET = {"timeout": 60}
 
@@ -14,7 +14,7 @@ def test_two_drivers_share_the_tasks_and_one_carries_on_when_the_other_dies(envi
     name = f"drivers@{socket.gethostname()}"
 
     def pids():
-        return producer.control.inspect(destination=[name], timeout=20)._request("gpu")[name]["drivers"]
+        return inspected(producer, name, "gpu")["drivers"]
 
     before = pids()
     assert len(set(before)) == 2

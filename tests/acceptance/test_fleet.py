@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.services import RayCluster, RayNode, Worker, wait_for
+from tests.support.services import RayCluster, RayNode, Worker, inspected, wait_for
 
 GET = {"timeout": 60}
 
@@ -38,7 +38,7 @@ def start(environment, producer, tmp_path):
 
         def gpu(self, name=None):
             name = name or self.name
-            return producer.control.inspect(destination=[name], timeout=20)._request("gpu")[name]
+            return inspected(producer, name, "gpu")
 
         def states(self, name=None):
             return {actor["slot"]: actor["state"] for actor in self.gpu(name)["actors"]}

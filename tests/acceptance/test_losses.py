@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.services import Worker, wait_for
+from tests.support.services import Worker, inspected, wait_for
 
 GET = {"timeout": 90}
 NAME = f"lossy@{socket.gethostname()}"
@@ -26,7 +26,7 @@ def worker(environment, redis_server, tmp_path_factory):
 @pytest.fixture
 def gpu(producer, worker):
     """``gpu()``: what `inspect gpu` says now."""
-    return lambda: producer.control.inspect(destination=[NAME], timeout=20)._request("gpu")[NAME]
+    return lambda: inspected(producer, NAME, "gpu")
 
 
 def runs(path):

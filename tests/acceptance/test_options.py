@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from tests.support.services import ROOT, Worker, wait_for
+from tests.support.services import ROOT, Worker, inspected, wait_for
 
 GET = {"timeout": 60}
 
@@ -40,10 +40,10 @@ def test_name_events_beat_autoscale_recycling_pidfile(start, send, producer, tmp
     pids = {send("where").get(**GET) for _ in range(6)}
     assert len(pids) >= 3, "a child is replaced after two tasks"
     assert send("pid", queue="other").get(**GET) not in pids
-    before = producer.control.inspect(destination=[name], timeout=20).stats()[name]["autoscaler"]
+    before = inspected(producer, name, "stats")["autoscaler"]
     naps = [send("nap", 0.2) for _ in range(10)]
     [result.get(**GET) for result in naps]
-    after = producer.control.inspect(destination=[name], timeout=20).stats()[name]["autoscaler"]
+    after = inspected(producer, name, "stats")["autoscaler"]
     assert after["current"] == before["current"] < 3, "GPU tasks must not start children"
     assert worker.stop() == 0
     assert not (tmp_path / "pid").exists()

@@ -29,7 +29,7 @@ def dies(path):
 
 def holds(path, gate):
     """Run until the test opens the gate."""
-    note(path, "run")
+    note(path, f"run {os.getpid()}")
     while not Path(gate).exists():
         time.sleep(0.01)
     return "done"
@@ -59,3 +59,8 @@ def some_die(paths: list[str]) -> list[str]:
 
 app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.early", gpu=True)
 app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.late", gpu=True, acks_late=True)
+
+
+@app.task(name="lossy.cpu")
+def cpu(value):
+    return value

@@ -268,6 +268,23 @@ def segfaults(path):
     ctypes.string_at(0)
 
 
+@app.task(name="shop.autoretries_a_crash", gpu=True, autoretry_for=(Exception,), default_retry_delay=0)
+def autoretries_a_crash(path):
+    segfaults(path)
+
+
+@app.task(name="shop.dies_when_told", gpu=True)
+def dies_when_told(path, gate, cure):
+    """Each time the gate opens, die; with the cure there is nothing to wait for."""
+    note(path, "run")
+    while not Path(cure).exists():
+        if Path(gate).exists():
+            Path(gate).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+    return "survived"
+
+
 @app.task(name="shop.stuck_in_c", gpu=True)
 def stuck_in_c(path):
     note(path, f"start {os.getpid()}")

@@ -243,8 +243,10 @@ def test_values_of_bodies_on_streams_are_their_own(shell):
 def test_a_fatal_error_on_a_stream_ends_the_executor_and_makes_suspects(shell):
     before = shell.health("test", "gpu").executor_pid
     outcomes = run(shell, ("out_of_bounds", (False,)), ("out_of_bounds", (True,)), ("out_of_bounds", (False,)))
-    assert [each.kind for each in outcomes] == [FailureKind.SUSPECT] * 3
-    assert outcomes[0].message.startswith("its CUDA context broke: ")
+    first, *others = outcomes  # the first may have ended on its stream before the second's kernel went wrong
+    assert isinstance(first, Succeeded) or first.kind is FailureKind.SUSPECT
+    assert [each.kind for each in others] == [FailureKind.SUSPECT] * 2
+    assert others[0].message.startswith("its CUDA context broke: ")
     wait_for(lambda: shell.health("test", "gpu").state == "ready", "the successor", 180)
     assert shell.health("test", "gpu").executor_pid != before
 

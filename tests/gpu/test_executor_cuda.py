@@ -36,6 +36,26 @@ def out_of_bounds():
     kernel = cupy.RawKernel("extern \\"C\\" __global__ void bad(float* p) { p[1ull << 40] = 1.0f; }", "bad")
     kernel((1,), (1,), (cupy.zeros(1, dtype="float32"),))
 
+FATAL = {
+    "trap": "asm(\\"trap;\\");",
+    "misaligned": "*(volatile int*)((char*)p + 1) = 1;",
+    "null": "*(volatile float*)nullptr = 1.0f;",
+}
+
+@app.task(name="g.breaks", gpu=True)
+def breaks(how):
+    kernel = cupy.RawKernel('extern "C" __global__ void bad(float* p) { ' + FATAL[how] + " }", "bad")
+    kernel((1,), (1,), (cupy.zeros(4, dtype="float32"),))
+
+@app.task(name="g.spins", gpu=True)
+def spins(path):
+    kernel = cupy.RawKernel(
+        'extern "C" __global__ void spin(volatile float* p) { while (p[0] == 0.0f); }', "spin"
+    )
+    kernel((1,), (1,), (cupy.zeros(1, dtype="float32"),))
+    open(path, "w").close()
+    cupy.cuda.get_current_stream().synchronize()
+
 @app.task(name="g.scalars", gpu=True)
 def scalars():
     values = cupy.arange(4, dtype="float32")
@@ -58,7 +78,8 @@ def shell(tmp_path_factory):
         pytest.skip(f"no CUDA device here: {type(error).__name__}: {error}")
     folder = tmp_path_factory.mktemp("gpuapp")
     (folder / "gpuapp.py").write_text(APP)
-    names = tuple(f"g.{name}" for name in ("sum", "module", "fill", "out_of_bounds", "scalars", "squares"))
+    tasks = ("sum", "module", "fill", "out_of_bounds", "scalars", "squares", "breaks", "spins")
+    names = tuple(f"g.{name}" for name in tasks)
     release = Release("gpu", "gpuapp:app", "", (str(folder),), str(folder), (), names, ())
     shell = ActorShell(0, Limits(65_536, 4096, 0.02, 600.0, 600.0, 5.0), on_abandoned=lambda: None)
     shell.hello("test", "", Config(release, "cuda", "90%", 30, 65_536, "50%"))
@@ -67,20 +88,30 @@ def shell(tmp_path_factory):
     shell.close()
 
 
-def run(shell, *tasks):
-    """Outcomes of tasks sent in one call: (name, args) each."""
+def call_of(*tasks, hard_limit_s=None):
+    """One call of tasks, (name, args) each."""
     stamp = time.monotonic_ns()
     calls = tuple(
-        TaskCall(f"{stamp}.{n}", f"g.{name}", pickle.dumps((args, {}, {"id": f"{stamp}.{n}"})), None, None)
+        TaskCall(f"{stamp}.{n}", f"g.{name}", pickle.dumps((args, {}, {"id": f"{stamp}.{n}"})), None, hard_limit_s)
         for n, (name, args) in enumerate(tasks)
     )
-    call = Call(str(stamp), "test", "gpu", calls, 0.0)
-    reply, found = shell.run(call), {}
+    return Call(str(stamp), "test", "gpu", calls, 0.0)
+
+
+def outcomes_of(shell, call, reply):
+    """Wait for all outcomes of a call, in order."""
+    found = {}
     while True:
         found |= {answer.token: answer for answer in reply.answers if not isinstance(answer, Pending)}
-        if len(found) == len(calls):
-            return [found[task.token] for task in calls]
+        if len(found) == len(call.tasks):
+            return [found[task.token] for task in call.tasks]
         reply = shell.collect(call, 1.0)
+
+
+def run(shell, *tasks, **limits):
+    """Outcomes of tasks sent in one call: (name, args) each."""
+    call = call_of(*tasks, **limits)
+    return outcomes_of(shell, call, shell.run(call))
 
 
 def value(outcome):
@@ -138,3 +169,31 @@ def test_a_fatal_error_costs_one_task_and_a_warm_successor_follows(shell):
     health = shell.health("test", "gpu")
     assert health.executor_pid != before.executor_pid and health.crashes == before.crashes + 1
     print(f"successor warm in {health.warm_s:.2f} s")
+
+
+@pytest.mark.parametrize("how", ["trap", "misaligned", "null"])
+def test_every_way_a_kernel_can_break_the_context_is_told_from_an_error(shell, how):
+    before = shell.health("test", "gpu")
+    first, fatal, after = run(shell, ("sum", (10,)), ("breaks", (how,)), ("sum", (10,)))
+    assert value(first) == value(after) == 45.0
+    assert isinstance(fatal, Failed) and fatal.kind is FailureKind.CRASHED, fatal
+    assert fatal.message == "its CUDA context broke"
+    assert shell.health("test", "gpu").executor_pid != before.executor_pid
+
+
+def test_a_kernel_that_never_ends_is_ended_by_the_hard_limit_and_the_gpu_is_free_again(shell, tmp_path):
+    used = run(shell, ("sum", (10,))) and shell.health("test", "gpu").memory_used_bytes
+    hung, after = run(shell, ("spins", (str(tmp_path / "a"),)), ("sum", (10,)), hard_limit_s=2.0)
+    assert isinstance(hung, Failed) and hung.kind is FailureKind.HARD_LIMIT
+    assert value(after) == 45.0
+    wait_for(lambda: shell.health("test", "gpu").memory_used_bytes <= 1.2 * used, "the dead executor's memory", 30)
+
+
+def test_a_kernel_that_never_ends_is_ended_by_cancellation_after_the_grace_time(shell, tmp_path):
+    call = call_of(("spins", (str(tmp_path / "b"),)), ("sum", (10,)))
+    reply = shell.run(call)
+    wait_for((tmp_path / "b").exists, "the kernel to be launched", 60)
+    shell.cancel(call.id, [call.tasks[0].token])
+    hung, after = outcomes_of(shell, call, reply)
+    assert isinstance(hung, Failed) and hung.kind is FailureKind.CANCELLED
+    assert value(after) == 45.0

@@ -18,7 +18,7 @@ from bridge.fleet import Replied
 from bridge.results import GroupedResults, can_be_grouped, expiry
 from bridge.settings import settings
 from tests.integration.test_driver import Lab, shared_call, succeeded
-from tests.support.services import RedisServer
+from tests.support.services import RedisServer, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own way
 
@@ -98,6 +98,18 @@ def asked(client):
 
 def meta(client, task_id):
     return json.loads(client.get(f"celery-task-meta-{task_id}"))
+
+
+def test_redis_knows_the_script_before_the_first_result(server, turns):
+    server.client.script_flush()
+    grouped = turns().grouped
+    grouped.warm_up()
+    wait_for(lambda: server.client.script_exists(grouped._script.sha) == [True], "the script")
+
+
+def test_a_redis_that_is_away_at_warm_up_is_no_error(server):
+    turns = Turns("redis://127.0.0.1:1/0")
+    turns.grouped._connect()
 
 
 def test_a_turns_results_cost_one_question_and_are_there_when_a_tracer_goes_on(server, turns):

@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 
 from tests.apps.promise import OTHER_QUEUE, PARKED, QUEUE
-from tests.support.services import Worker, wait_for
+from tests.support.services import Worker, inspected, wait_for
 
 GET = {"timeout": 60}
 NAME = f"promise@{socket.gethostname()}"
@@ -71,7 +71,7 @@ def meta(redis_server, task_id):
 
 def gpu_stats(app):
     """The [gpu] part of `inspect stats`, read now."""
-    return app.control.inspect(destination=[NAME], timeout=20.0).stats()[NAME]["pool"]["gpu"]
+    return inspected(app, NAME, "stats")["pool"]["gpu"]
 
 
 def failure(result):

@@ -29,6 +29,21 @@ def wait_for(condition, what, timeout_s=PATIENCE_S, every_s=0.05):
         time.sleep(every_s)
 
 
+def inspected(app, name, what):
+    """What a worker answers to `inspect what`. It is asked again: one that says "ready" may not listen on Redis yet."""
+    inspect = app.control.inspect(destination=[name], timeout=5)
+    return wait_for(lambda: inspect._request(what) or {}, f"{name} to answer", every_s=0)[name]
+
+
+def keep_token(home, token):
+    """Put a token where Ray looks for it: `ray start` then asks for it, and bridge drivers show it; the file."""
+    path = Path(home) / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.touch(mode=0o600)
+    path.write_text(token)
+    return path
+
+
 class Process:
     """A server or command under test; its output goes to a file."""
 
@@ -87,16 +102,17 @@ class Process:
 class RedisServer(Process):
     """A Redis of its own on loopback."""
 
-    def __init__(self, folder, password="", port=None):
+    def __init__(self, folder, password="", port=None, options=(), wait=True):
         self.port = port or free_port()
         self.password = password
-        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""']
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', *options]
         if password:
             lines.append(f"requirepass {password}")
         super().__init__([redis_binary(), "-"], Path(folder) / "redis.log", stdin="\n".join(lines) + "\n")
         self.url = f"redis://{':' + password + '@' if password else ''}127.0.0.1:{self.port}/0"
         self.client = redis.Redis.from_url(self.url)
-        wait_for(self.answers, "Redis to answer")
+        if wait:
+            wait_for(self.answers, "Redis to answer")
 
     def answers(self):
         try:
@@ -133,7 +149,7 @@ class RayNode(Process):
             "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", "--num-cpus=4", "--include-log-monitor=false",
             "--object-store-memory=100000000", *options,
         ]  # fmt: skip
-        env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+        env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_AUTH_MODE": "token"}
         super().__init__(command, Path(folder) / "node.log", env=env)
         self.says("Ray runtime started")
 

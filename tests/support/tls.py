@@ -46,9 +46,13 @@ class Certificate:
 class TlsProxy:
     """TLS on a loopback port of its own, the same bytes in clear to `target_port`; runs on a thread."""
 
-    def __init__(self, certificate, target_port):
+    def __init__(self, certificate, target_port, clients_of=None):
+        """`clients_of`: the authority a client must have its own certificate from."""
         self._target_port = target_port
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if clients_of is not None:
+            self._context.load_verify_locations(clients_of.file)
+            self._context.verify_mode = ssl.CERT_REQUIRED
         self._context.load_cert_chain(certificate.file, certificate.key_file)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tls-proxy")

@@ -13,6 +13,7 @@ from bridge.errors import BridgeError, StartupError, TaskError
 ALL = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, BridgeError)]
 ARGUMENTS = {
     "PayloadInvalid": ("shop.add", [{"field": "a", "reason": "Input should be a valid integer", "received": "str"}]),
+    "PayloadTooLarge": ("shop.add", 1024),
     "TaskPoisoned": ("shop.crash", 2, "signal 11 (SIGSEGV)"),
     "RemoteTaskError": ("shop.ShopError", "because"),
     "NoSuitableGpu": ("shop.embed", "a GPU of type H100", "actor 0: A100"),

@@ -35,6 +35,19 @@ def test_importing_the_task_api_loads_no_scientific_library():
     assert not {"scipy", "PIL", "skimage", *HEAVY} & set(loaded_by("import celery_app"))
 
 
+def test_the_health_command_is_quick():
+    assert not {"celery", "kombu", "pydantic", "numpy", *HEAVY} & set(loaded_by("import bridge.health"))
+
+
+def test_the_doctor_loads_ray_last():
+    assert not set(HEAVY) & set(loaded_by("import bridge.doctor"))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Gpus'"):
+        bridge.Gpus  # noqa: B018
+
+
 def test_the_executor_loads_no_ray_before_the_app_does():
     assert "ray" not in loaded_by("import actors.executor")
 

@@ -1,6 +1,7 @@
 """Settings come from BRIDGE_* and what means nothing is named."""
 
 import pytest
+from pydantic import ValidationError
 
 from bridge.errors import ConfigurationInvalid
 from bridge.settings import Settings, settings
@@ -102,3 +103,22 @@ def test_all_wrong_values_are_named_at_once(environment):
     environment(BRIDGE_GPU_SLOTS="x", BRIDGE_GRACE_S="y")
     with pytest.raises(ConfigurationInvalid, match=r"BRIDGE_GPU_SLOTS.*BRIDGE_GRACE_S"):
         settings()
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("8080", ("127.0.0.1", 8080)),
+        (":8080", ("127.0.0.1", 8080)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+        ("[::1]:9", ("::1", 9)),
+    ],
+)
+def test_a_health_address_is_on_loopback_unless_it_names_a_host(address, place):
+    assert Settings(health_address=address).health_place == place
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "localhost:", "h:0", "h:70000", "h:-1"])
+def test_a_health_address_that_means_nothing(address):
+    with pytest.raises(ValidationError, match="write host:port"):
+        Settings(health_address=address)

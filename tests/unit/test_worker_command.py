@@ -87,7 +87,7 @@ def test_an_app_from_the_environment_is_written_into_the_command(handed, monkeyp
 
 
 def test_a_workdir_becomes_absolute(handed, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # as `_load_app` has done by then
+    monkeypatch.chdir(tmp_path)  # as `load_app` has done by then
     assert handed("-A", "shop", "--workdir", "somewhere")[:4] == ["-A", "shop", "--workdir", str(tmp_path)]
 
 
@@ -117,7 +117,7 @@ APP = "from celery import Celery\napp = Celery('myshop', broker='memory://', set
 
 
 def load(*words):
-    return worker._load_app(parse(list(words)))
+    return worker.load_app(parse(list(words)))
 
 
 @pytest.mark.parametrize("name", ["myshop", "myshop:app"])

@@ -1,0 +1,108 @@
+"""What the doctor asks broker and result backend: whether they let us in, take writes, and keep what they have."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from bridge.errors import as_text
+from bridge.findings import Finding, fail, ok, warn
+from bridge.readiness import clean
+from bridge.worker import advice_on, ping_backend, ping_broker
+
+#: The tests run with this Redis and newer ones.
+OLDEST = (6, 2)
+#: A trial write goes away by itself after this, in seconds.
+WRITE_S = 10
+_MANAGE = "ask whoever runs this Redis"
+
+
+def broker(app: Any) -> Iterator[Finding]:
+    """The broker, and what of its settings may lose tasks."""
+    address = app.connection_for_read().as_uri()
+    try:
+        ping_broker(app)
+    except Exception as error:
+        yield fail("broker", f"{address} cannot be used: {clean(as_text(error, 160))}", advice_on(error))
+        return
+    yield ok("broker", f"{address} answers")
+    with app.connection_for_read() as connection:
+        client = getattr(connection.default_channel, "client", None)
+        if client is not None and hasattr(client, "info"):
+            yield from _redis("broker", client, f"_kombu.bridge-doctor.{uuid.uuid4().hex}")
+
+
+def backend(app: Any) -> Iterator[Finding]:
+    """The result backend."""
+    address = app.backend.as_uri()
+    if not app.conf.result_backend:
+        yield warn("result backend", "there is none: results are not kept", "set result_backend, if you want them")
+        return
+    try:
+        ping_backend(app)
+    except Exception as error:
+        yield fail("result backend", f"{address} cannot be used: {clean(as_text(error, 160))}", advice_on(error))
+        return
+    client = getattr(app.backend, "client", None)
+    if client is None or not hasattr(client, "info"):
+        yield ok("result backend", f"{address} is no Redis, and was not looked into")
+        return
+    yield ok("result backend", f"{address} answers")
+    yield from _redis("result backend", client, app.backend.get_key_for_task(f"bridge-doctor-{uuid.uuid4().hex}"))
+
+
+def _redis(about: str, client: Any, key: Any) -> Iterator[Finding]:
+    """One Redis; `key` is written and taken away again."""
+    try:
+        client.set(key, b"", ex=WRITE_S)
+        client.delete(key)
+    except RedisError as error:
+        yield fail(about, f"it takes no writes: {clean(as_text(error, 160))}", _about_writes(str(error)))
+    try:
+        info = client.info()
+    except RedisError as error:
+        yield warn(about, f"it does not tell about itself: {clean(as_text(error, 160))}", "allow INFO to its user")
+        return
+    version = str(info.get("redis_version", "0"))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
+        yield warn(about, f"Redis {version} is old: the tests run with 6.2 and newer", "use a newer Redis")
+    yield from _memory(about, info, version)
+    yield from _persistence(about, client, info)
+
+
+def _about_writes(text: str) -> str:
+    if "READONLY" in text:
+        return "it is a replica: name the primary in the URL, or use sentinel:// URLs"
+    if "OOM" in text:
+        return "it is full: raise its maxmemory, or lower result_expires"
+    if "NOPERM" in text:
+        return "give its user the rights to write"
+    if "MISCONF" in text:
+        return "it cannot save to its disk: make room there"
+    return _MANAGE
+
+
+def _memory(about: str, info: dict[str, Any], version: str) -> Iterator[Finding]:
+    policy, limit, used = (info.get(key) for key in ("maxmemory_policy", "maxmemory", "used_memory"))
+    do = "set maxmemory-policy noeviction"
+    if policy and policy != "noeviction":
+        if str(policy).startswith("allkeys") and limit:
+            yield fail(about, f"maxmemory-policy is {policy}: when it is full it drops waiting tasks", do)
+        else:
+            yield warn(about, f"maxmemory-policy is {policy}: when it is full it drops what it should keep", do)
+    else:
+        size = f"{used / limit:.0%} of {limit / 2**20:.0f} MiB used" if limit and used else "no maxmemory"
+        yield ok(about, f"Redis {version}, noeviction, {size}")
+
+
+def _persistence(about: str, client: Any, info: dict[str, Any]) -> Iterator[Finding]:
+    saves: Any = None
+    with suppress(RedisError):  # managed ones forbid CONFIG
+        saves = client.config_get("save").get("save")
+    if info.get("aof_enabled") or saves:
+        how = "appendonly" if info.get("aof_enabled") else f"save {saves}"
+        yield ok(about, f"it is kept on disk ({how})")
+    elif saves is not None:
+        yield warn(about, "it keeps nothing on disk: a restart loses what is in it", "set appendonly yes")

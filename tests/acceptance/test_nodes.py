@@ -1,0 +1,81 @@
+"""Two GPU nodes, two workers that start at the same moment, and the end of one node."""
+
+import shutil
+import socket
+
+import psutil
+import pytest
+
+from tests.support.heads import kill_all_of
+from tests.support.services import RayCluster, RayNode, Worker, wait_for
+
+GET = {"timeout": 120}
+
+
+@pytest.fixture(scope="module")
+def site(environment, tmp_path_factory):
+    """A head with a GPU, a node with another, and two workers that have been started at once: (node, names)."""
+    folder = tmp_path_factory.mktemp("nodes")
+    cluster = RayCluster(folder)
+    node = RayNode(folder, cluster)
+    env = {**environment, "BRIDGE_RAY_ADDRESS": cluster.address, "BRIDGE_BEAT_S": "0.5"}
+    workers = [
+        Worker(folder, "-c", "1", "-Q", "nodes", "-n", f"{name}@%h", app="tests.apps.lossy:app", env=env,
+               log=f"{name}.log", ready=False)
+        for name in ("left", "right")
+    ]  # fmt: skip
+    for each in workers:
+        each.says(" ready.")
+    yield node, [f"{name}@{socket.gethostname()}" for name in ("left", "right")]
+    for each in workers:
+        assert each.popen.poll() is None, each.output[-3000:]
+        each.kill_group()
+    if node.popen.poll() is None:
+        node.stop()
+    cluster.stop()
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def gpus(site, producer):
+    """``gpus()``: what `inspect gpu` of each worker says."""
+    names = site[1]
+    return lambda: [producer.control.inspect(destination=[name], timeout=20)._request("gpu")[name] for name in names]
+
+
+def executors(info):
+    return {actor["slot"]: actor["executor_pid"] for actor in info["actors"] if actor["state"] == "ready"}
+
+
+def test_workers_that_start_at_once_share_one_set_of_actors(gpus):
+    left, right = wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()) and gpus(), "both to see both")
+    assert executors(left) == executors(right) and len(left["actors"]) == len(right["actors"]) == 2
+    assert left["driver"] != right["driver"]
+
+
+def test_the_tasks_of_a_lost_node_run_again_on_the_gpus_that_are_left(site, gpus, producer, tmp_path):
+    node = site[0]
+    wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
+    logs = {name: tmp_path / name for name in ("one", "two")}
+    results = {
+        name: producer.send_task("lossy.holds.late", [str(log), str(tmp_path / f"{name}-go")], queue="nodes")
+        for name, log in logs.items()
+    }
+    wait_for(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs.values()), "both to run")
+    there = {each.pid for each in psutil.Process(node.pid).children(recursive=True)}
+    ran = {name: int(log.read_text().split()[1]) for name, log in logs.items()}
+    lost = next(name for name, pid in ran.items() if pid in there)
+    kept = next(name for name, pid in ran.items() if pid not in there)
+    kill_all_of(node)
+    (tmp_path / f"{kept}-go").touch()
+    assert results[kept].get(**GET) == "done"
+    (tmp_path / f"{lost}-go").touch()
+    assert results[lost].get(**GET) == "done"
+    pids = [int(word) for word in logs[lost].read_text().split()[1::2]]
+    assert pids == [ran[lost], ran[kept]], "once more, where a GPU is left"
+    assert logs[kept].read_text().count("run") == 1
+
+    def true():
+        return all(info["gpus"] == 1 and list(executors(info).values()) == [ran[kept]] for info in gpus())
+
+    wait_for(true, f"the capacity that is left to be shown: {gpus()}")
