@@ -105,8 +105,7 @@ class Breaker:
         enough = 1 if self._pauses else self._rules.faults  # it has been fenced, and has not done well since
         if not at_once and not (after > before and after >= enough):
             return False
-        times = f"{after} faults of different tasks" if after > 1 else "a fault"
-        self.reason = f"{times} of the device, the last: {how}"
+        self.reason = f"{f'{after} faults' if after > 1 else 'a fault'} of the device, the last: {how}"
         pauses = self._rules.pauses_s
         self.probe_at = fault.at + pauses[min(self._pauses, len(pauses) - 1)]
         self._pauses += 1

@@ -294,8 +294,8 @@ class Runner:
         memory = self._device.memory(held)
         if not memory.total:
             return ""
-        used = f"{readable(memory.used)} are in use now, {readable(held)} by residents"
-        return f"; of the device's {readable(memory.total)} {used}"
+        whole, used = readable(memory.total), readable(memory.used)
+        return f"; {used} of the device's {whole} are in use now, {readable(held)} by residents"
 
     def _make_room(self, used: tuple[str, ...]) -> None:
         """Before a second try: whatever else is on the device goes, except residents that the first has `used`."""

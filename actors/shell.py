@@ -386,7 +386,8 @@ class ActorShell:
         if child.ready is not None:
             self._failures.pop(release, None)
             self._reasons.pop(release, None)
-            self._breaker.started()
+            if not child.planned_end:  # else what it had said before it was ended would end the fence
+                self._breaker.started()
             self._has_cuda = self._has_cuda or child.ready.device["kind"] == "cuda"
         if self._active is None or self._active[1] is not child:
             return

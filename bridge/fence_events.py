@@ -13,11 +13,11 @@ class FenceEvents:
         self._fenced: set[int] = set()
 
     def changes(self, actors: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Event type and fields for each actor whose GPU is fenced now and was not before, or the other way round."""
+        """Event type and fields for each actor whose GPU is fenced now and was not before, or is ready again."""
         for actor in actors:
             slot, is_fenced = actor["slot"], actor["state"] == ActorState.FENCED
-            if is_fenced == (slot in self._fenced) or actor["state"] == "lost":  # unknown: what was told still stands
-                continue
+            if is_fenced == (slot in self._fenced) or not (is_fenced or actor["state"] == ActorState.READY):
+                continue  # no news, or not known: what was told still stands
             self._fenced ^= {slot}
             fields = {"actor": slot, "node": actor.get("node", "")}
             if is_fenced:

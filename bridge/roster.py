@@ -54,7 +54,7 @@ class Roster:
                 "the GPU of actor %d on %s is fenced: %s; it is tried again in %.0f s, or after `control gpu_restart`",
                 slot, health.node, health.reason, health.probe_in_s or 0.0,
             )  # fmt: skip
-        elif health.state is not ActorState.FENCED and slot in self._fenced:
+        elif health.state is ActorState.READY and slot in self._fenced:
             self._fenced.discard(slot)
             logger.warning("the GPU of actor %d on %s is not fenced any more", slot, health.node)
 

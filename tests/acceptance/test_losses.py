@@ -120,3 +120,19 @@ def check(producer, gpu, tmp_path, task, how, times, who):
     lose(gpu, who)
     gate.touch()
     assert (ended(result), runs(log)) == (how, times)
+
+
+def test_a_large_value_is_lost_with_its_actor_before_the_driver_has_it(worker, producer, gpu, tmp_path):
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    result = producer.send_task("lossy.large", [str(log), str(gate)])
+    wait_for(lambda: runs(log), "the body to run")
+    info = gpu()
+    os.kill(info["driver"], signal.SIGSTOP)  # it will not fetch what the actor has
+    try:
+        gate.touch()
+        wait_for(lambda: "end" in log.read_text(), "the body to end")
+        os.kill(info["actors"][0]["pid"], signal.SIGKILL)
+    finally:
+        os.kill(info["driver"], signal.SIGCONT)
+    assert ended(result) == "x" * 300_000
+    assert (runs(log), gpu()["driver"]) == (2, info["driver"])

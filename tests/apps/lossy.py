@@ -40,6 +40,14 @@ for _name, _options in SETTINGS.items():
     app.task(holds, name=f"lossy.holds.{_name}", gpu=True, **_options)
 
 
+@app.task(name="lossy.large", gpu=True, acks_late=True)
+def large(path, gate):
+    """Its value travels on its own, after the reply that names it."""
+    holds(path, gate)
+    note(path, "end")
+    return "x" * 300_000
+
+
 def some_die(paths: list[str]) -> list[str]:
     """A batch in which whoever says so ends the process."""
     for path in paths:

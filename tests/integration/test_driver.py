@@ -150,6 +150,14 @@ def test_a_large_outcome_on_its_way_survives_the_next_reply_of_its_call(lab):
     assert sorted(answer.serial for answer in lab.answers()) == [1, 2, 3]
 
 
+def test_a_large_outcome_lost_with_its_actor_has_its_task_run_again(lab):
+    call = shared_call(lab, 1)
+    (big,) = call.tasks
+    lab.event(Replied(call.id, Reply((Large(big.token, 10**6),), 0.0), ""))
+    lab.event(fleet.Fetched(big.token, None))
+    assert isinstance(lab.answers()[-1], link.Ended), "it is acknowledged early: never twice"
+
+
 def test_a_cancelled_task_is_cancelled_again_while_it_is_pending_and_never_runs_again(lab):
     call = shared_call(lab, 1)
     (task,) = call.tasks

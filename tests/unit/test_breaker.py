@@ -37,7 +37,7 @@ def gpu():
 
 def test_faults_of_different_tasks_fence_it(gpu):
     assert [gpu.breaks() for _ in range(3)] == [False, False, True]
-    assert gpu.breaker.reason == "3 faults of different tasks of the device, the last: its context broke, while a ran"
+    assert gpu.breaker.reason == "3 faults of the device, the last: its context broke, while a ran"
     assert gpu.breaker.is_fenced
 
 

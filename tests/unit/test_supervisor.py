@@ -6,7 +6,7 @@ import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
 from bridge import supervisor as module
-from bridge.link import Accepted, Done, Ended, Flush, Flushed, Link, Returned, Run, SoftLimited, Stop, Withdraw
+from bridge.link import Accepted, Done, Ended, Flush, Flushed, Link, Report, Returned, Run, SoftLimited, Stop, Withdraw
 from bridge.supervisor import DriverSupervisor, _einfo
 
 
@@ -266,3 +266,15 @@ def test_what_fails_without_having_started_is_accepted_first(lab):
         lab.die()
     assert lab.said() == [("waiting", each) for each in ("accept_callback", "error_callback", "end")]
     assert waiting.run.lost == module.MAX_LOST
+
+
+def test_whoever_listens_to_reports_and_breaks_costs_no_report(lab):
+    def breaks():
+        raise OSError("the event path is down")
+
+    lab.supervisor.on_report = breaks
+    lab.say(Report(0, {"actors": [{"slot": 0, "state": "fenced"}], "driver_id": "d"}, None))
+    assert lab.supervisor.report["actors"][0]["state"] == "fenced"
+    lab.send("a")
+    lab.say(Accepted(1, 0.0), Done(1, (0, "value", 0.1)))
+    assert lab.said() == [("a", "accept_callback"), ("a", "callback"), ("a", "end")]
