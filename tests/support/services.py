@@ -87,10 +87,10 @@ class Process:
 class RedisServer(Process):
     """A Redis of its own on loopback."""
 
-    def __init__(self, folder, password="", port=None):
+    def __init__(self, folder, password="", port=None, settings=()):
         self.port = port or free_port()
         self.password = password
-        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""']
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', *settings]
         if password:
             lines.append(f"requirepass {password}")
         super().__init__([redis_binary(), "-"], Path(folder) / "redis.log", stdin="\n".join(lines) + "\n")
