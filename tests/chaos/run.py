@@ -72,7 +72,19 @@ class Run:
         verdict = Verdict(
             lines(self.sent), lines(self.cluster.folder / "effects"), results.histories, lines(self.struck)
         )
-        return self._summary(verdict, before, after, whole)
+        summary = self._summary(verdict, before, after, whole)
+        if summary["violations"]:
+            self._keep()
+        return summary
+
+    def _keep(self):
+        """Logs and ledgers of a failed run, beside its summary."""
+        if self.keep:
+            shutil.rmtree(self.keep, ignore_errors=True)
+            shutil.copytree(self.cluster.folder / "logs", self.keep)
+            for name in ("sent", "effects", "faults"):
+                if (self.cluster.folder / name).exists():
+                    shutil.copy(self.cluster.folder / name, self.keep)
 
     def _warm_up(self):
         self.cluster.wait_until_whole(self.app, WHOLE_S)
@@ -139,9 +151,9 @@ class Run:
         recoveries = verdict.recoveries()
         every = sorted(seconds for each in recoveries.values() for seconds in each)
         struck = Counter(each["kind"] for each in verdict.faults)
-        ends = {
-            kind: dict(Counter(str(s.end) for s in verdict.stories.values() if s.kind == kind)) for kind in plan.SHARES
-        }
+        stories = verdict.stories.values()
+        ends = {kind: dict(Counter(str(each.end) for each in stories if each.kind == kind)) for kind in plan.SHARES}
+        lost_early = [task for task in verdict.lost if verdict.stories[task].kind in EARLY]
         reruns, early = verdict.bound
         return {
             "seed": self.seed,
