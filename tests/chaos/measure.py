@@ -14,6 +14,8 @@ ROLES = ("worker", "driver", "actor", "executor")
 THREADS, DESCRIPTORS, FACTOR, MIB = 4, 12, 1.3, 40
 #: Keys of Celery and kombu that stay, each once or once per task.
 STAYING = ("celery-task-meta-", "_kombu.binding", "celery-taskset-meta-")
+#: Answers to the harness's own questions that came too late; Celery lets them expire.
+REPLIES = ".reply.celery.pidbox"
 
 _ASK_RAY = """
 import json, sys, ray
@@ -47,7 +49,7 @@ def keys(client):
     found = {}
     for key in client.scan_iter(count=1000):
         name = key.decode()
-        if not name.startswith(STAYING):
+        if not name.startswith(STAYING) and not name.endswith(REPLIES):
             kind = client.type(key).decode()
             sizes = {"hash": client.hlen, "zset": client.zcard, "list": client.llen, "set": client.scard}
             found[name] = sizes[kind](key) if kind in sizes else 1
