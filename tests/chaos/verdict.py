@@ -106,12 +106,12 @@ class Verdict:
         return found
 
     def _broken(self, task, story):
+        if story.changed and not self._may_change(task, story):
+            yield "its final state changed"
         if story.end is None:
             if story.kind not in EARLY:
                 yield "never ended"
             return
-        if story.changed and not self._may_change(task, story):
-            yield "its final state changed"
         if story.end not in ENDS.get(story.kind, {"SUCCESS"}) and not self._charged_by_us(story):
             yield f"ended as {story.end}"
         if story.end == "SUCCESS" and not story.ends:
