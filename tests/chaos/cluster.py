@@ -29,6 +29,7 @@ class Cluster:
         self.redis = self.head = None
         self.workers, self.nodes = {}, {}
         self._starts = 0
+        self._outside = {}
         self.environment = {
             "CHAOS_FOLDER": str(self.folder),
             "HOME": str(self.folder),  # a token of this machine's user is none of the run's
@@ -39,6 +40,7 @@ class Cluster:
 
     def start(self):
         """Bring everything up; returns when both workers have a ready actor."""
+        self._outside = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)  # the support's processes inherit it
         for name in ("once", "redis", "logs"):
             (self.folder / name).mkdir()
@@ -164,6 +166,8 @@ class Cluster:
 
     def end(self):
         """Take everything down; what would not go."""
+        for name, value in self._outside.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
         left = reaper.take_down(self.folder)
         for each in [*self.workers.values(), *self.nodes.values(), self.head, self.redis]:
             if each is not None:
