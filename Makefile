@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test lint chaos bench gpu-check clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,12 @@ demo: $(VENV)/installed-demo ## real photographs through the GPU pipeline; leave
 TEST_PROCESSES ?= 2
 test: $(VENV)/installed-all ## all tests that can run here; says what was skipped and why
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# The same seed is the same schedule of tasks and faults; the summary is written to out/chaos.
+SEED ?= 1
+MINUTES ?= 1
+chaos: $(VENV)/installed-all ## kills and stops at random from SEED=n for MINUTES=m while thousands of tasks run; says whether any was lost
+	@$(BIN)/python -u -m tests.chaos.run --seed $(SEED) --minutes $(MINUTES)
 
 lint: $(VENV)/installed-all ## linters, types, import contracts
 	@$(BIN)/ruff check .

@@ -187,11 +187,10 @@ class Driver:
         os.write(self._wake_write, b"x")
 
     def _timeout(self) -> float:
-        if self._inbox or self._results.are_waiting:
+        if self._inbox:
             return 0.0
-        if self._wake_at is None:
-            return 1.0
-        return max(0.0, self._wake_at - time.monotonic())
+        wake_in_s = 1.0 if self._wake_at is None else max(0.0, self._wake_at - time.monotonic())
+        return min(wake_in_s, self._results.due_in_s())
 
     def _flush(self) -> bool:
         try:

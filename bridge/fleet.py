@@ -275,6 +275,7 @@ class Fleet:
             self._adopt()
             for kind in reversed(self._needs.kinds):  # "" last: such an actor may be placed on any GPU that is free
                 self._fill(kind)
+                self._make_room(kind)
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
 
@@ -318,6 +319,22 @@ class Fleet:
             if idle_demand and _state(known.handle) in _HOMELESS:
                 ray.kill(known.handle)  # it would show as demand to Ray's autoscaler, and get a GPU for nothing
                 self._release(slot)
+
+    def _make_room(self, kind: str) -> None:
+        """GPUs have left: an actor numbered beyond the others ends, if it keeps one that is always there from a GPU.
+
+        Such a one counts as always there itself, since it was created while there were more; a node that came back
+        before its old self was known to be gone is enough.
+        """
+        if self._settings.max_actors is not None:
+            return  # Ray's autoscaler brings a GPU for whoever waits
+        mine = [known for known in self._slots.values() if known.place.accelerator == kind]
+        beyond = [known for known in mine if known.ready and known.place.number >= self._bounds[kind].most]
+        waiting = [known for known in mine if not known.ready and self._belongs(known.place)]
+        if beyond and any(_state(known.handle) in _HOMELESS for known in waiting):
+            last = max(beyond, key=lambda known: known.place.number)  # every driver says so, of the same one
+            last.handle.drain.remote()
+            logger.info("GPU actor %s ends: others have left, and one of those that stay waits", last.place.name)
 
     def _belongs(self, place: Place) -> bool:
         """Whether it is one of those that are always there."""

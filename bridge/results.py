@@ -3,11 +3,13 @@
 Celery asks twice for each, whether there is a SUCCESS already, and to store and publish, while every other task waits.
 Here the tracer's own last store of its task waits in its greenlet for the end of the turn. All other stores, and all
 that is not Celery's own Redis backend writing plain JSON, go Celery's way, which also takes over whatever Redis does
-not do here. Nothing is retried here, and no result is held back beyond the turn.
+not do here. No result is held back beyond the turn, unless Redis is away: then all of them wait, without holding the
+loop, for as long as Celery's retry policy of the backend says, and are asked about again until it is back.
 """
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -31,6 +33,8 @@ MOST_RESULTS, MOST_BYTES = 200, 1 << 20
 LARGEST_BYTES = 1 << 16
 #: After Redis has refused the script, results go Celery's way for this long, in seconds.
 REFUSED_PAUSE_S = 60.0
+#: Redis that is away is asked again after this long, in seconds.
+AWAY_PAUSE_S = 0.5
 #: States in which the tracer stores a task's outcome.
 _OUTCOMES = frozenset({states.SUCCESS, states.FAILURE, states.RETRY})
 #: What of Celery's backend is done here, and must therefore be its own.
@@ -69,6 +73,7 @@ class _Result(NamedTuple):
     key: bytes
     value: str
     expires: int
+    waits_until: float  # for a Redis that is away
 
 
 class GroupedResults:
@@ -79,6 +84,7 @@ class GroupedResults:
         self._waiting: dict[int, tuple[Any, list[_Result]]] = {}  # by id of the backend
         self._script = redis.Redis().register_script(_STORE)
         self._refused_until = 0.0
+        self._away_until = 0.0
 
     def adopt(self, tasks: Iterable[Any]) -> None:
         """Store results of these tasks in groups, where their backend is one that `can_be_grouped`."""
@@ -102,11 +108,17 @@ class GroupedResults:
 
     @property
     def are_waiting(self) -> bool:
-        """Whether `flush` has something to do."""
+        """Whether `flush` has something to do, now or later."""
         return any(results for _, results in self._waiting.values())
 
+    def due_in_s(self) -> float:
+        """Seconds until `flush` has something to do; infinite when nothing waits."""
+        return max(0.0, self._away_until - time.monotonic()) if self.are_waiting else math.inf
+
     def flush(self) -> None:
-        """Store what waits and let each tracer go on."""
+        """Store what waits and let each tracer go on, unless Redis was away a moment ago."""
+        if time.monotonic() < self._away_until:
+            return
         for backend, results in self._waiting.values():
             waiting, results[:] = results[:], []
             for group in groups(waiting):
@@ -115,7 +127,20 @@ class GroupedResults:
                 if time.monotonic() - started > SLOW_S:
                     logger.warning("the result backend held the driver for %.1f s", time.monotonic() - started)
                 for result, answer in zip(group, answers, strict=True):
-                    self._tracing.go_on(result.task, answer)
+                    if self._may_wait(backend, result, answer):
+                        results.append(result)
+                    else:
+                        self._tracing.go_on(result.task, answer)
+
+    def _may_wait(self, backend: Any, result: _Result, answer: Any) -> bool:
+        """Redis is away, and Celery's policy leaves time: the body has done its work."""
+        now = time.monotonic()
+        if not isinstance(answer, backend.connection_errors) or now >= result.waits_until:
+            return False
+        if now >= self._away_until:
+            logger.warning("the result backend is away: %r; results wait for it", answer)
+            self._away_until = now + AWAY_PAUSE_S
+        return True
 
     def _grouped(self, backend: Any, alone: Callable[..., Any]) -> Callable[..., Any]:
         """What stands in the place of a backend's `_store_result`; `alone` is Celery's."""
@@ -132,7 +157,8 @@ class GroupedResults:
                 meta = backend._get_result_meta(result=result, state=state, traceback=traceback, request=request)
                 value = backend.encode({**meta, "task_id": bytes_to_str(task_id)})
                 if isinstance(value, str) and len(value) <= backend._MAX_STR_VALUE_SIZE:
-                    waiting = _Result(task, backend.get_key_for_task(task_id), value, expiry(backend, state))
+                    until = time.monotonic() + patience(backend.retry_policy)
+                    waiting = _Result(task, backend.get_key_for_task(task_id), value, expiry(backend, state), until)
                     if self._wait(results, waiting):
                         return result
             return alone(task_id, result, state, traceback=traceback, request=request, **kwargs)
@@ -143,7 +169,7 @@ class GroupedResults:
         """Give the loop back until the turn's results are stored; False if Celery has to store this one.
 
         Raises:
-            redis.RedisError: Redis is away, as for Celery's own first question.
+            redis.RedisError: Redis is away for too long, or refuses, as for Celery's own first question.
         """
         results.append(result)
         try:
@@ -180,6 +206,17 @@ def can_be_grouped(backend: Any) -> bool:
         and backend.serializer == "json"
         and not backend.compression
     )
+
+
+def patience(policy: dict[str, Any]) -> float:
+    """Seconds for which a retry policy of Celery goes on."""
+    tries = policy.get("max_retries")
+    if tries is None:
+        pauses = math.inf
+    else:
+        first, step, longest = (policy.get(f"interval_{name}", 1.0) for name in ("start", "step", "max"))
+        pauses = sum(min(first + step * n, longest) for n in range(tries))
+    return float(min(pauses, policy.get("timeout") or math.inf))
 
 
 def expiry(backend: Any, state: str) -> int:

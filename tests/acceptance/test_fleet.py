@@ -54,6 +54,7 @@ def start(environment, producer, tmp_path):
 
         def join(self, *options, **node):
             started.append(RayNode(tmp_path, self.cluster, *options, **node))
+            return started[-1]
 
         def stop(self):
             assert self.worker.stop() == 0, self.worker.output[-3000:]
@@ -136,6 +137,17 @@ def test_a_task_waits_for_its_gpu_model_fails_clearly_without_one_and_runs_when_
     here, there = fleet.send("where"), fleet.send("picky")
     assert here.get(**GET) != there.get(**GET)
     assert {actor["accelerator"] for actor in fleet.gpu()["actors"]} == {"A100", "H100"}
+    fleet.stop()
+
+
+def test_after_a_node_has_left_no_actor_waits_for_the_gpu_of_a_surplus_one(start):
+    fleet = start({}, gpus=1)
+    leaves = fleet.join()
+    wait_for(lambda: fleet.states() == dict.fromkeys(range(2), "ready"), "the actor of the second node")
+    fleet.join()
+    wait_for(lambda: fleet.states() == dict.fromkeys(range(3), "ready"), "the actor of the third node")
+    leaves.stop()
+    wait_for(lambda: fleet.states() == dict.fromkeys(range(2), "ready"), "two actors for two GPUs, and none beyond")
     fleet.stop()
 
 

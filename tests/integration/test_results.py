@@ -23,6 +23,10 @@ from tests.support.services import RedisServer, wait_for
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own way
 
 
+#: A Redis that is away is waited for by nobody.
+AT_ONCE = {"result_backend_transport_options": {"retry_policy": {"max_retries": 0}}}
+
+
 def nothing():
     pass
 
@@ -260,10 +264,48 @@ def test_scripts_flushed_under_a_running_driver(server, turns):
     assert one.ended == ["a", "b"]
 
 
+def test_results_wait_for_a_redis_that_is_away_and_nothing_else_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "AWAY_PAUSE_S", 0.05)
+    server = RedisServer(tmp_path)
+    one = Turns(server.url)
+    try:
+        server.client.close()
+        server.kill_group()
+        one.store("a", 1), one.store("b", 2)
+        ended = one.store("c", 3)
+        one.grouped.flush()
+        assert one.grouped.are_waiting and 0 < one.grouped.due_in_s() <= 0.05 and one.errors == {}
+        ended.throw(greenlet.GreenletExit)
+        wait_for(lambda: one.grouped.due_in_s() == 0, "the pause to be over")
+        one.grouped.flush()
+        assert one.ended == [] and one.grouped.due_in_s() > 0, "still away"
+        server = RedisServer(tmp_path, port=server.port)
+        wait_for(lambda: one.grouped.flush() or one.ended == ["a", "b"], "the results to be stored")
+        assert not one.grouped.are_waiting and one.grouped.due_in_s() == float("inf")
+        assert [one.state(each) for each in "abc"] == ["SUCCESS", "SUCCESS", "PENDING"]
+        server.client.close()
+    finally:
+        server.kill_group()
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [
+        ({"max_retries": 20, "interval_start": 0, "interval_step": 1, "interval_max": 1}, 19),
+        ({"max_retries": 3, "interval_start": 1, "interval_step": 0.5, "interval_max": 9}, 4.5),
+        ({"max_retries": None}, float("inf")),
+        ({"max_retries": None, "timeout": 5.0}, 5),
+        ({"max_retries": 0}, 0),
+    ],
+)
+def test_as_long_as_celerys_policy_says(policy, seconds):
+    assert results.patience(policy) == seconds
+
+
 def test_redis_away_is_the_error_celery_would_raise_in_each_task(tmp_path):
     server = RedisServer(tmp_path)
     try:
-        one = Turns(server.url)
+        one = Turns(server.url, **AT_ONCE)
         one.store("before", 1)
         one.grouped.flush()
         server.client.close()
@@ -287,7 +329,7 @@ def test_celerys_own_retries_go_on(tmp_path):
     server = RedisServer(tmp_path)
     one = Turns(
         server.url, result_backend_always_retry=True, result_backend_max_retries=2,
-        result_backend_max_sleep_between_retries_ms=1,
+        result_backend_max_sleep_between_retries_ms=1, **AT_ONCE,
     )  # fmt: skip
     tries = []
     one.backend.on_backend_retryable_error = tries.append
@@ -471,6 +513,7 @@ def test_a_backend_that_is_away_costs_each_task_its_result_and_not_the_driver(mo
     settings.cache_clear()
     server = RedisServer(tmp_path)
     try:
+        monkeypatch.setattr(results, "patience", lambda policy: 0.0)
         lab = Lab(monkeypatch, server.url)
         call = called(lab, 2)
         lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
