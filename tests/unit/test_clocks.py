@@ -6,15 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: File -> what it asks the wall clock for.
 ALLOWED = {
-    "bridge/dead_letters.py": "when a task was poisoned, for people",
-    "bridge/driver.py": "when an executor died, for people",
-    "bridge/replay.py": "whether `expires`, a date the producer has written, has passed",
-    "bridge/visibility.py": "the score of an unacknowledged message, as kombu writes it",
-    "bridge/redis_channel.py": "the score of an unacknowledged message, as kombu writes it",
+    "bridge/blame.py": "when an executor died, for people",
     "bridge/consumer.py": "whether `expires`, a date the producer has written, has passed",
-    "bridge/replay.py": "the same, of a dead letter",
-    "bridge/dead_letters.py": "when a task died, for people",
-    "bridge/driver.py": "when an executor died, in the record of a poisoned task",
+    "bridge/dead_letters.py": "when a task was poisoned, for people",
+    "bridge/redis_channel.py": "the score of an unacknowledged message, as kombu writes it",
+    "bridge/replay.py": "whether `expires` has passed, of a dead letter",
     "bridge/visibility.py": "the score of an unacknowledged message, as kombu writes it",
 }
 WALL = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today")}

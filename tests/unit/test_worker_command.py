@@ -223,7 +223,7 @@ def test_a_password_on_the_command_line_is_said_and_not_repeated(monkeypatch, ca
     monkeypatch.setenv("CELERY_BROKER_URL", "")  # as before afterwards
     monkeypatch.setenv("CELERY_APP", "")
     with pytest.raises(AppNotImportable):
-        worker._load_app(parse(["-A", "no.such.app", "-b", url]))
+        worker.load_app(parse(["-A", "no.such.app", "-b", url]))
     said = capsys.readouterr().err
     assert ("can read the password after -b: set CELERY_BROKER_URL" in said) is is_said
     assert "hidden" not in said
