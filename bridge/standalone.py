@@ -85,15 +85,16 @@ def _start_ray(folder: Path, at_end: ExitStack, progress: Progress) -> None:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-        "0"  # elsewhere Ray listens to the world, whatever address it is given
-    )
+    # Else Ray listens to the world, whatever address it is given.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody else uses this cluster: nothing to wait for
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false"]
     # Fixed by default; Ray lets two clusters listen on one port, and whoever connects gets either.
-    command += [f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0"]
+    command += ["--dashboard-agent-listen-port=0"]
+    # Where gRPC is not installed there is no such server, and Ray refuses the option.
+    command += [f"--ray-client-server-port={free_port()}"] if importlib.util.find_spec("grpc") else []
     command += [] if count_gpus() else ["--num-gpus=1"]  # a logical one: same path, NumPy below it
     process = _spawn(command, folder / "ray.log", at_end)
     os.environ["BRIDGE_RAY_ADDRESS"] = f"127.0.0.1:{port}"
