@@ -55,6 +55,8 @@ def gpu_table(result):
     (summary,) = result["summary"]
     lines = [GPU_HEAD.format(device=result["device"]), "|---|---|"]
     for key, (title, factor, unit) in GPU_ROWS.items():
+        if key not in summary:
+            continue  # a result from before this was measured
         middle, low, high = (_number(value * factor) for value in summary[key])
         lines.append(f"| {title} | {middle} {unit} ({low}..{high}) |")
     return "\n".join(lines)
