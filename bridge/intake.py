@@ -108,6 +108,8 @@ def _is_small(value: Any) -> bool:
 
 def _odd_header(headers: dict[str, Any]) -> str:
     """What would end Celery's worker later, where nobody knows any more which task it was; else empty."""
+    if not _is_name(headers.get("shadow") or ""):
+        return "shadow must be a name"
     limits = headers.get("timelimit")
     if limits and not (isinstance(limits, list | tuple) and len(limits) == 2 and all(map(_is_limit, limits))):
         return "timelimit must be two finite numbers of seconds, hard and soft, or null"
@@ -191,7 +193,10 @@ def guarded(consumer: Any, handle: Callable[[Any], Any], limit: int) -> Callable
             except passes:
                 raise
             except Exception as unforeseen:
-                if message.acknowledged or consumer.holds(message):
+                if message.acknowledged:  # Celery had refused it and could not store that
+                    logger.error("the failure of a message could not be stored: %s", type(unforeseen).__name__)
+                    return None
+                if consumer.holds(message):
                     raise
                 logger.debug("a message could not be taken", exc_info=True)
                 name = message.headers.get("task", "")

@@ -81,7 +81,7 @@ def odd_headers(queue, name):
         "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers",
         "stamps", "compression", "delivery_info", "headers", "meth", "chord",
     ):  # fmt: skip
-        is_told = header in ("task", "id", "eta", "expires")  # in logs, where it means nothing
+        is_told = header in ("task", "id", "eta", "expires", "shadow")  # in logs, where it means nothing
         marker = "odd" if is_told else MARKER
         for odd in ([marker], {marker: 1}, 10**400, -1, 1e308, True, "", marker, [[None, {}], 5], "9" * 400):
             yield envelope(queue, {"task": name, "id": str(uuid.uuid4()), header: odd}, body)

@@ -2,6 +2,7 @@
 
 import threading
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from celery.exceptions import TaskRevokedError
@@ -433,3 +434,39 @@ def test_a_request_that_cannot_start_keeps_no_other_from_it(consumer, refused):
     running.end()
     assert len(refused) == 1
     assert fine.handle is not None
+
+
+def test_what_others_have_is_dropped_here_unless_it_runs(consumer, caplog):
+    consumer.task_buckets = {}
+    running, waiting, queued, own = requests = [Request() for _ in range(4)]
+    for tag, request in enumerate(requests):
+        request.message = SimpleNamespace(delivery_tag=tag)
+        state.reserved_requests.add(request)
+        consumer.on_task_request(request)
+    running.accept()
+    state.active_requests.add(running)
+    consumer._lost([0, 1, 2])
+    assert [("goes on" in line, "dropped" in line) for line in caplog.messages].count((True, False)) == 1
+    assert not running.handle.wanted_back
+    waiting.handle.wanted_back()  # the driver gives it back
+    assert waiting.starts == 1 and queued.starts == 0, "neither starts"
+    assert own.starts == 1
+    assert all(request._on_ack is request._on_reject is not None for request in (running, waiting, queued))
+    running.end()
+    own.end()
+    assert consumer._slots.free == consumer._slots.count and not consumer._held
+    state.active_requests.clear()
+    state.reserved_requests.clear()
+
+
+def test_a_worker_that_slept_looks_before_it_starts_a_task(consumer):
+    consumer.task_buckets = {}
+    slept, other = Request(), Request()
+    for tag, request in enumerate((slept, other)):
+        request.message = SimpleNamespace(delivery_tag=tag)
+        state.reserved_requests.add(request)
+    cycle = SimpleNamespace(renew_if_overdue=lambda: consumer._lost([0]))
+    assert consumer._is_lost(cycle, slept.id)
+    assert not consumer._is_lost(SimpleNamespace(renew_if_overdue=lambda: None), slept.id), "it has come back since"
+    assert not consumer._is_lost(cycle, other.id)
+    state.reserved_requests.clear()

@@ -51,7 +51,7 @@ def test_what_celery_may_have(headers):
     [
         {"task": ["shop.add"]}, {"task": 5}, {"task": None}, {"id": None}, {"id": 5}, {"id": "x" * 2000},
         {"timelimit": 5}, {"timelimit": [1, 2, 3]}, {"timelimit": ["soon", None]}, {"timelimit": [10**400, None]},
-        {"timelimit": [float("nan"), None]}, {"stamped_headers": 5}, {"stamped_headers": [[]]},
+        {"timelimit": [float("nan"), None]}, {"stamped_headers": 5}, {"stamped_headers": [[]]}, {"shadow": [SECRET]},
         {"large": SECRET * 400_000}, {"many": list(range(200_000))}, {"deep": json.loads("[" * 60 + "]" * 60)},
     ],
 )  # fmt: skip
@@ -249,6 +249,17 @@ def test_a_key_error_is_none():
 def test_an_error_of_a_task_that_is_held_is_raised():
     with pytest.raises(ZeroDivisionError):
         handle(ZeroDivisionError(), Consumer(held=True))
+
+
+def test_what_celery_has_refused_is_done_with_though_it_could_not_be_stored():
+    consumer = Consumer()
+
+    def refuses(message):
+        message.acknowledged = True
+        raise ZeroDivisionError
+
+    intake.guarded(consumer, refuses, LIMIT)(Delivered({"task": "shop.add", "id": "own"}))
+    assert consumer.stored == {}
 
 
 def test_a_backend_that_is_away_does_not_keep_the_message():
