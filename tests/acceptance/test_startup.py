@@ -75,7 +75,7 @@ def test_quiet_means_no_banner(environment, tmp_path):
         (("-A", "tests.apps.shop:app"), {"BRIDGE_DEVICE": "tpu"}, 64, "BRIDGE_DEVICE"),
         (("-A", "tests.apps.shop:app"), {"BRIDGE_GPU_SLOTS": "0"}, 64, "BRIDGE_GPU_SLOTS"),
         (("-A", "tests.apps.mismarked"), {}, 64, "gpu='yes'"),
-        (("-A", "tests.apps.shop:app"), {"CELERY_BROKER_URL": "redis://:secret@127.0.0.1:1/0"}, 66, "127.0.0.1:1"),
+        (("-A", "tests.apps.shop:app"), {"CELERY_BROKER_URL": "redis://:hush-word@127.0.0.1:1/0"}, 66, "127.0.0.1:1"),
         (("-A", "tests.apps.shop:app"), {"BRIDGE_RAY_ADDRESS": "127.0.0.1:1"}, 68, "ray start --head"),
         (("-A", "tests.apps.shop:app"), {"CELERY_BROKER_URL": "memory://"}, 67, "Redis or RabbitMQ"),
     ],
@@ -86,7 +86,7 @@ def test_a_start_up_error_is_one_line_with_its_own_exit_code(environment, argume
     line = the_line(said, output)
     assert words in line, line
     assert exit_code == code, output
-    assert "secret" not in output
+    assert "hush-word" not in output
 
 
 def test_a_wrong_redis_password(environment, tmp_path):
@@ -102,14 +102,14 @@ def test_a_wrong_redis_password(environment, tmp_path):
 
 
 def test_a_result_backend_that_does_not_answer_is_said_and_tasks_run(environment, producer, tmp_path):
-    env = {**environment, "CELERY_RESULT_BACKEND": "redis://:secret@127.0.0.1:1/0"}
+    env = {**environment, "CELERY_RESULT_BACKEND": "redis://:hush-word@127.0.0.1:1/0"}
     worker = Worker(tmp_path, "-c", "1", "-Q", "lonely", env=env)
     assert "bridge: warning: the result backend redis://:**@127.0.0.1:1/0 does not answer" in worker.output
     log = tmp_path / "log"
     producer.send_task("shop.records", [str(log), "ran"], queue="lonely", ignore_result=True)
     wait_for(log.exists, "the GPU task to run")
     assert worker.stop() == 0
-    assert "secret" not in worker.output
+    assert "hush-word" not in worker.output
 
 
 def test_cuda_demanded_where_there_is_none(environment, tmp_path):
