@@ -167,3 +167,21 @@ def test_the_licence_is_the_one_pyproject_names():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_path_of_one_machine(document):
     assert not re.findall(r"(?<![\w.])/(?:home|root|work|Users)/", read(document))
+
+
+def test_every_test_that_reliability_names_exists():
+    """`file::test`, a bare test of the file named before it, or a file; every row of the fault table names one."""
+    table = read("docs/reliability.md").partition("## Faults")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if re.match(r"\| \d+b? \|", line)]
+    assert {row.split("|")[1].strip() for row in rows} >= {*map(str, range(1, 33)), "1b", "7b", "23b"}
+    for row in rows:
+        file, found = None, 0
+        for name in re.findall(r"`([^`]*test_[^`]*)`", row.split("|")[4]):
+            path, _, test = name.rpartition("::") if "::" in name else ("", "", name)
+            if not path and test.endswith(".py"):
+                path, test = test, ""
+            file = file if not path else ROOT / "tests" / (path if "/" in path else f"acceptance/{path}")
+            assert file.is_file(), name
+            assert not test or re.search(rf"^def {test}\(", file.read_text(), flags=re.MULTILINE), f"{file}: {test}"
+            found += 1
+        assert found, f"no test in {row[:60]}"
