@@ -1,6 +1,7 @@
 """What the doctor sees without asking anybody: versions, marks, limits, acknowledgement, environment."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ from bridge.errors import ConfigurationInvalid
 from bridge.findings import Finding, fail, ok, warn
 from bridge.marks import Mark, find_marks
 from bridge.settings import Settings
+from bridge.visibility import cautions
 
 #: Redis gives a message that is not acknowledged to another worker after this, unless the app says otherwise; seconds.
 VISIBILITY_S = 3600.0
@@ -95,25 +97,20 @@ def _odd_marks(tasks: list[Any], found: dict[str, Mark], settings: Settings) -> 
 
 
 def limits(app: Any, found: dict[str, Mark]) -> Iterator[Finding]:
-    """Time limits, and Redis' visibility time-out, after which a task that still runs is run by somebody else, too."""
-    is_redis = app.connection_for_read().transport.driver_type == "redis"
+    """Time limits, and where a task may run a second time while the first run goes on."""
+    driver_type = app.connection_for_read().transport.driver_type
     visible_s = float((app.conf.broker_transport_options or {}).get("visibility_timeout", VISIBILITY_S))
     hard = {name: app.tasks[name].time_limit or app.conf.task_time_limit for name in found}
+    late = [limit for name, limit in hard.items() if limit and app.tasks[name].acks_late]
+    for text in cautions(app, driver_type, visible_s if driver_type == "redis" else math.inf, late):
+        what, _, to_do = text.rpartition("; ")
+        yield warn("limits", what, to_do)
     unlimited = [name for name, limit in hard.items() if not limit]
-    too_long = [name for name, limit in hard.items() if limit and limit >= visible_s and is_redis]
-    if too_long:
-        yield fail(
-            "limits", f"{_names(too_long)}: the time limit is not below Redis' visibility time-out of {visible_s:g} s: "
-            "a task that takes so long runs twice",
-            "raise visibility_timeout (broker_transport_options) above the longest wait plus the longest run",
-        )  # fmt: skip
     if unlimited:
         text = f"{_names(unlimited)}: no time limit: a body that hangs keeps its GPU for ever"
-        also = f", and one that takes {visible_s:g} s runs twice" if is_redis else ""
-        yield warn("limits", text + also, "set task_time_limit, or time_limit of the task")
-    if not too_long and not unlimited:
-        beyond = f", below the visibility time-out of {visible_s:g} s" if is_redis else ""
-        yield ok("limits", f"every GPU task has a time limit{beyond}")
+        yield warn("limits", text, "set task_time_limit, or time_limit of the task")
+    else:
+        yield ok("limits", "every GPU task has a time limit")
 
 
 def acknowledgement(app: Any, found: dict[str, Mark]) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from bridge import Gpu, batched
 from tests.apps.base import App
 
 app = App("careless")
-app.conf.update(broker_transport_options={"visibility_timeout": 600}, worker_prefetch_multiplier=4)
+app.conf.update(broker_transport_options={"visibility_timeout": 2}, worker_prefetch_multiplier=4)
 
 
 @app.task(name="careless.early", gpu=True)
