@@ -91,15 +91,18 @@ def _is_small(value: Any) -> bool:
     for _ in range(MOST_HEADER_DEPTH):
         below: list[Any] = []
         for each in level:
-            if isinstance(each, dict):
-                below += each.keys()
+            kind = type(each)
+            if kind is str or kind is bytes:
+                left -= len(each)
+            elif kind is dict:
+                below += each
                 below += each.values()
-            elif isinstance(each, list | tuple):
+            elif kind is list or kind is tuple:
                 below += each
             else:
-                left -= len(each) if isinstance(each, str | bytes) else 8
-            if left - len(below) < 0:
-                return False
+                left -= 8
+        if left < len(below):
+            return False
         if not below:
             return True
         level = below
