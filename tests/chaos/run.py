@@ -201,7 +201,7 @@ def table(summary):
     said += [
         "",
         f"sent {summary['sent']}, bodies {summary['bodies']}, lost {len(summary['lost'])},"
-        f" lost on the way to a worker {len(summary['lost on the way'])} (allowed {summary['lost on the way allowed']}),"
+        f" lost on the way {len(summary['lost on the way'])} (allowed {summary['lost on the way allowed']}),"
         f" lost early {len(summary['lost early'])} (allowed {summary['lost early allowed']}),"
         f" duplicated {summary['duplicated']} (allowed {summary['duplicated allowed']}):"
         f" {summary['duplicated by kind']}",
