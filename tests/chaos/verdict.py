@@ -4,7 +4,6 @@ from collections import Counter, defaultdict
 from datetime import datetime
 from itertools import pairwise
 
-from tests.chaos import plan
 from tests.chaos.app import BATCH
 from tests.chaos.cluster import SLOTS
 from tests.chaos.ledger import FINAL
@@ -97,8 +96,10 @@ class Verdict:
         return reruns, sum(struck[kind] for kind in LOSES_EARLY) * SLOTS
 
     def _is_on_the_way(self, task):
-        """Whether no worker has ever had the message, although the producer's Redis had taken it."""
-        return not self.stories[task].received and self.stories[task].kind not in plan.TASKS_OF
+        """Whether no worker has ever had the message: the only one, or that of the next try."""
+        story = self.stories[task]
+        waits_for_try = bool(story.history) and story.history[-1][0] == "RETRY"
+        return not story.received or (waits_for_try and len(story.ends) >= len(story.received))
 
     @property
     def on_the_way_bound(self):
@@ -139,11 +140,13 @@ class Verdict:
             yield f"acknowledged early, ran {len(story.starts)} times, was delivered {len(story.received)} times"
 
     def _may_change(self, task, story):
-        """Two copies from the producer, or a revoked task that came to a worker which had not heard of it.
+        """Two copies from the producer; a revoked task that came to a worker which had not heard of it; a lost retry.
 
-        Celery stores REVOKED as soon as any worker hears the command, and keeps revoked ids in its workers' memory.
+        Celery stores REVOKED as soon as any worker hears the command, and keeps revoked ids in its workers' memory. It
+        publishes a retry before the task has ended, so that one may go on after a process lost in between.
         """
-        return task in self.twice_sent or story.kind == "revoked"
+        lost = any(error == "WorkerLostError" for _, error, _ in story.history)
+        return task in self.twice_sent or story.kind == "revoked" or (story.kind.startswith("retry") and lost)
 
     def _charged_by_us(self, story):
         """Whether an innocent was running in so many executors that we killed ourselves."""
