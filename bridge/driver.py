@@ -276,6 +276,7 @@ class Driver:
 
     def _look_at_waiting(self) -> None:
         """Ask for actors while tasks wait; fail what has waited too long for one that suits."""
+        self._run_scheduler()  # an actor that has come in this turn may suit them
         now, longest = time.monotonic(), self._settings.cluster_wait_s
         self._fleet.want(self._scheduler.wanted_by(now, GROW_AFTER_S))
         for stranded in self._scheduler.stranded(now):

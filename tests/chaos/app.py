@@ -27,6 +27,9 @@ app.conf.update(
         "unacked_mutex_expire": 10,
         "unacked_restore_interval": 0.2,  # kombu looks at each tenth call: every 2 s instead of every 100 s
     },
+    # A chain's next task and a retry are published from the driver. Celery's default gives up after 0.6 s without a
+    # broker, and the task whose body has succeeded fails as OperationalError.
+    task_publish_retry_policy={"max_retries": 40, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.5},
     result_expires=86400,
     task_send_sent_event=False,
 )

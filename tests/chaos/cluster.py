@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Cluster:
         self.workers, self.nodes = {}, {}
         self._starts = 0
         self._outside = {}
+        self._starting = {}  # name of a node -> thread
         self.environment = {
             "CHAOS_FOLDER": str(self.folder),
             "HOME": str(self.folder),  # a token of this machine's user is none of the run's
@@ -92,9 +94,16 @@ class Cluster:
             if worker.popen.poll() is not None:
                 self.start_worker(name)
         for name, node in list(self.nodes.items()):
-            if node.popen.poll() is not None:
-                self.start_node(name)
+            starting = self._starting.get(name)
+            if node.popen.poll() is not None and not (starting and starting.is_alive()):
+                # Apart, because it takes long; should it fail, the next look tries again.
+                self._starting[name] = threading.Thread(target=self._try_to_start, args=(name,), daemon=True)
+                self._starting[name].start()
         return True
+
+    def _try_to_start(self, name):
+        with contextlib.suppress(AssertionError):
+            self.start_node(name)
 
     # ---- who is who
 

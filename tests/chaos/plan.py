@@ -19,7 +19,7 @@ WEIGHTS = {
     "stop redis": 1, "reset all": 2, "reset one": 2,
 }  # fmt: skip
 #: Pause between two faults in seconds: at least, and on average beyond that.
-PAUSE_S = (0.8, 2.0)
+PAUSE_S = (1.0, 2.5)
 #: How long a stopped process rests, in seconds; Redis at most a third of it.
 STOP_S = (0.5, 4.0)
 

@@ -153,7 +153,8 @@ class Run:
         struck = Counter(each["kind"] for each in verdict.faults)
         stories = verdict.stories.values()
         ends = {kind: dict(Counter(str(each.end) for each in stories if each.kind == kind)) for kind in plan.SHARES}
-        lost_early = [task for task in verdict.lost if verdict.stories[task].kind in EARLY]
+        on_the_way = set(verdict.lost_on_the_way)
+        lost_early = [task for task in verdict.lost if verdict.stories[task].kind in EARLY and task not in on_the_way]
         reruns, early = verdict.bound
         return {
             "seed": self.seed,
@@ -164,7 +165,9 @@ class Run:
             "ends": ends,
             "sent": len(verdict.sent),
             "bodies": sum(len(story.starts) for story in stories),
-            "lost": sorted(set(verdict.lost) - set(lost_early)),
+            "lost": sorted(set(verdict.lost) - set(lost_early) - on_the_way),
+            "lost on the way": sorted(on_the_way),
+            "lost on the way allowed": verdict.on_the_way_bound,
             "lost early": lost_early,
             "lost early allowed": early,
             "duplicated": sum(verdict.duplicated.values()),
@@ -198,6 +201,7 @@ def table(summary):
     said += [
         "",
         f"sent {summary['sent']}, bodies {summary['bodies']}, lost {len(summary['lost'])},"
+        f" lost on the way {len(summary['lost on the way'])} (allowed {summary['lost on the way allowed']}),"
         f" lost early {len(summary['lost early'])} (allowed {summary['lost early allowed']}),"
         f" duplicated {summary['duplicated']} (allowed {summary['duplicated allowed']}):"
         f" {summary['duplicated by kind']}",

@@ -18,6 +18,9 @@ RERUNS = {
 }  # fmt: skip
 #: Faults that may lose what was acknowledged early, or had been taken from the queue and not noted yet.
 LOSES_EARLY = ("kill worker",)
+#: Faults that may lose the one message that BRPOP was just handing to a worker's connection: kombu notes it only when
+#: it has arrived. Most such messages, by fault: of each connection that is cut.
+LOSES_ON_THE_WAY = {"kill worker": 1, "reset one": 1, "reset all": 2, "restart redis": 2}
 #: Kinds whose bodies may never start.
 NEVER_RUN = frozenset({"invalid", "expired"})
 EARLY = frozenset({"noop_early", "batch_early", "nap_early", "long_early", "retry_early"})
@@ -74,6 +77,7 @@ class Verdict:
         self.twice_sent = {each["id"] for each in self.sent if each["tries"] > 1}
         self.killed = Counter(each["victim_pid"] for each in self.faults if each["kind"] == "kill executor")
         self.lost = [task for task, story in self.stories.items() if story.end is None]
+        self.lost_on_the_way = [task for task in self.lost if self._is_on_the_way(task)]
         self.duplicated = {task: extra for task, story in self.stories.items() if (extra := self._extra(story)) > 0}
 
     def _extra(self, story):
@@ -91,6 +95,17 @@ class Verdict:
         reruns = sum(RERUNS[kind] * times for kind, times in struck.items()) + len(self.twice_sent)
         return reruns, sum(struck[kind] for kind in LOSES_EARLY) * SLOTS
 
+    def _is_on_the_way(self, task):
+        """Whether no worker has ever had the message: the only one, or that of the next try."""
+        story = self.stories[task]
+        waits_for_try = bool(story.history) and story.history[-1][0] == "RETRY"
+        return not story.received or (waits_for_try and len(story.ends) >= len(story.received))
+
+    @property
+    def on_the_way_bound(self):
+        """Most messages that the faults may have lost between Redis and a worker."""
+        return sum(LOSES_ON_THE_WAY.get(each["kind"], 0) for each in self.faults)
+
     def violations(self):
         """Sentences, one for each rule that was broken; none means that the run passes."""
         found = []
@@ -100,7 +115,10 @@ class Verdict:
         duplicates = sum(self.duplicated.values())
         if duplicates > reruns:
             found.append(f"{duplicates} bodies ran once more, the faults explain {reruns}")
-        lost_early = sum(self.stories[task].kind in EARLY for task in self.lost)
+        on_the_way = len(self.lost_on_the_way)
+        if on_the_way > self.on_the_way_bound:
+            found.append(f"{on_the_way} messages were lost on their way, the faults explain {self.on_the_way_bound}")
+        lost_early = sum(self.stories[task].kind in EARLY for task in set(self.lost) - set(self.lost_on_the_way))
         if lost_early > early:
             found.append(f"{lost_early} early tasks were lost, the killed workers explain {early}")
         return found
@@ -109,7 +127,7 @@ class Verdict:
         if story.changed and not self._may_change(task, story):
             yield "its final state changed"
         if story.end is None:
-            if story.kind not in EARLY:
+            if story.kind not in EARLY and task not in self.lost_on_the_way:
                 yield "never ended"
             return
         if story.end not in ENDS.get(story.kind, {"SUCCESS"}) and not self._charged_by_us(story):
@@ -122,12 +140,13 @@ class Verdict:
             yield f"acknowledged early, ran {len(story.starts)} times, was delivered {len(story.received)} times"
 
     def _may_change(self, task, story):
-        """Two copies from the producer, or a revoked task that came again to workers that had forgotten it.
+        """Two copies from the producer; a revoked task that came to a worker which had not heard of it; a lost retry.
 
-        Celery keeps revoked ids in its workers' memory, and acknowledges the message after it has stored REVOKED.
+        Celery stores REVOKED as soon as any worker hears the command, and keeps revoked ids in its workers' memory. It
+        publishes a retry before the task has ended, so that one may go on after a process lost in between.
         """
-        forgotten = story.kind == "revoked" and len(story.received) > 1
-        return task in self.twice_sent or forgotten
+        lost = any(error == "WorkerLostError" for _, error, _ in story.history)
+        return task in self.twice_sent or story.kind == "revoked" or (story.kind.startswith("retry") and lost)
 
     def _charged_by_us(self, story):
         """Whether an innocent was running in so many executors that we killed ourselves."""

@@ -74,11 +74,14 @@ class Lab:
         self.driver._turn()
 
     def ready(self):
+        self.event(self.is_ready())
+
+    def is_ready(self):
         from actors.contract import ActorState, Health
 
         fields = dict.fromkeys(Health._fields, 0) | {"state": ActorState.READY, "device": {}, "node": "here"}
         fields |= {"accelerator": "", "warm_for": (), "share": 1.0}
-        self.event(SlotChanged(0, Health(**fields), ""))
+        return SlotChanged(0, Health(**fields), "")
 
     def send(self, value, announced=False):
         self.serial += 1
@@ -356,3 +359,15 @@ def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab, 
     lab.driver._turn()
     lab.driver._flush()
     assert [type(message) for message in lab.link.receive()] == [link.Flushed]
+
+
+def test_tasks_that_waited_are_not_refused_in_the_turn_in_which_their_actor_comes(lab, monkeypatch, caplog):
+    monkeypatch.setattr("bridge.driver.GROW_AFTER_S", 0.0)
+    lab.driver._settings = lab.driver._settings.model_copy(update={"cluster_wait_s": 0.0})
+    lab.send("waits")
+    lab.driver._notify(lab.is_ready())
+    lab.driver._handle_inbox()
+    lab.driver._look_at_waiting()
+    lab.driver._turn()
+    assert len(lab.fleet.calls) == 1 and lab.answers() == []
+    assert "no GPU actor has it" not in caplog.text
