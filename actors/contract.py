@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 4
+PROTOCOL = 5
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -178,6 +178,7 @@ class Health(NamedTuple):
     calls: int
     crashes: int
     queued: int
+    queue_s: float  # a new call would wait about so long, behind the calls of all drivers
     running: str  # name of the task that runs now, or ""
     by_task: dict[str, dict[str, float]]  # name -> tasks, runs, mean_s
     memory_used_bytes: int

@@ -613,8 +613,14 @@ class ActorShell:
         return frozenset(task.token for task in entry.sent[now.first : now.first + now.size]) if now else frozenset()
 
     def _queue_s(self) -> float:
-        waiting = sum(entry.call.estimate_s for entry in self._queue)
-        return waiting + (self._active[0].call.estimate_s if self._active is not None else 0.0)
+        """How long a new call would wait: a body that has run longer than foreseen may well take as long again."""
+        waiting_s = sum(entry.call.estimate_s for entry in self._queue)
+        if self._active is None:
+            return waiting_s
+        entry, child = self._active
+        running = child.running()
+        ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
+        return waiting_s + max(entry.call.estimate_s, ran_s)
 
     def _tell(self, driver: str, release: str) -> Health:
         if driver in self._untold:
@@ -655,6 +661,7 @@ class ActorShell:
             calls=self._tally.calls,
             crashes=self._tally.crashes,
             queued=sum(len(entry.todo) for entry in self._queue),
+            queue_s=self._queue_s(),
             running=self._running_name(),
             by_task=self._tally.by_task(),
             memory_used_bytes=device.memory_used,

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from actors.contract import ActorState, Health
-from bridge.scheduler import ActorLost, ActorReady, Event
+from bridge.scheduler import ActorBusy, ActorLost, ActorReady, Event
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Roster:
         if slot not in self.ready:
             logger.info("GPU actor %d is ready: %s on %s", slot, health.device.get("name"), health.node)
         self.ready.add(slot)
-        return [_ready(slot, health)]
+        return [_ready(slot, health), ActorBusy(slot, health.queue_s)]
 
     def lose(self, slot: int, reason: str) -> list[Event]:
         """An actor takes no calls for now."""

@@ -53,6 +53,20 @@ def test_workers_that_start_at_once_share_one_set_of_actors(gpus):
     assert left["driver"] != right["driver"]
 
 
+def test_a_task_takes_the_idle_gpu_and_not_the_one_behind_another_workers_long_body(site, gpus, producer, tmp_path):
+    wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
+    held = producer.send_task("lossy.holds.late", [str(tmp_path / "held"), str(tmp_path / "held-go")], queue="left")
+    busy = "lossy.holds.late"
+    wait_for(lambda: busy in [actor["running"] for actor in gpus()[1]["actors"]], "the other worker to hear of it")
+    (tmp_path / "go").touch()
+    for number in range(4):
+        args = [str(tmp_path / str(number)), str(tmp_path / "go")]
+        assert producer.send_task("lossy.holds.late", args, queue="right").get(**GET) == "done"
+    assert not held.ready()
+    (tmp_path / "held-go").touch()
+    assert held.get(**GET) == "done"
+
+
 def test_the_tasks_of_a_lost_node_run_again_on_the_gpus_that_are_left(site, gpus, producer, tmp_path):
     node = site[0]
     wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
