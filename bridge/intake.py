@@ -310,6 +310,8 @@ class _Shorten(logging.Filter):
         shown = self._SHOWN.get(record.msg) if isinstance(record.msg, str) else None
         if shown is not None:
             found = record.args if isinstance(record.args, tuple) else (record.args,)
+            if record.msg == celery_consumer.UNKNOWN_TASK_ERROR and isinstance(found[0], KeyError):
+                found = (str(found[0]), *found[1:])  # the name
             record.args = tuple(_short(each) if n in shown else _size(each) for n, each in enumerate(found))
             record.exc_info = record.exc_text = None
         return True
@@ -327,7 +329,7 @@ def _short(value: Any) -> str:
         value = value.args[0]  # what it wraps
     if not isinstance(value, BaseException):
         return str(value)[:MOST_TEXT_CHARS]
-    # Others may quote all they were given: a body that is no UTF-8, a value of an unknown type.
-    quotes_nothing = isinstance(value, KeyError | InvalidTaskError | ContentDisallowed | json.JSONDecodeError)
+    # Others may quote what they were given: a body that is no UTF-8, a value of an unknown type, a header.
+    quotes_nothing = isinstance(value, InvalidTaskError | ContentDisallowed | json.JSONDecodeError)
     text = str(value) if quotes_nothing else str(getattr(value, "reason", ""))
     return f"{type(value).__name__}: {text}"[:MOST_TEXT_CHARS] if text else type(value).__name__

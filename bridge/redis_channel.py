@@ -112,6 +112,7 @@ class GroupedQoS(RenewingQoS):
         """Note a message as unacknowledged, unless that was done when it was taken."""
         if self.is_only_taken(delivery_tag):
             virtual.QoS.append(self, message, delivery_tag)
+            self.channel.is_built = True
             return
         answer = self.channel.note(message, delivery_tag)
         if answer is None:
