@@ -317,7 +317,7 @@ class Fleet:
                 self._release(slot)
 
     def _make_room(self, kind: str) -> None:
-        """GPUs have left for long: an actor numbered beyond the others ends if one that is always there waits for a GPU.
+        """GPUs have left for long: an actor beyond the others ends if one that is always there waits for a GPU.
 
         It never ends by itself, since it was created while there were more; a node that came back before its old self
         was known to be gone is enough. A node that is gone for a while costs no warm actor.
