@@ -113,6 +113,7 @@ class Fleet:
         self._cluster: Connected | None = None
         self._notify: Notify = lambda _event: None
         self._slots: dict[int, _Slot] = {}
+        self._crowded_since: dict[str, float] = {}  # kind -> an actor beyond the others holds a GPU that one waits for
         self._events: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fleet-large")
         self._address = ""
@@ -321,17 +322,19 @@ class Fleet:
                 self._release(slot)
 
     def _make_room(self, kind: str) -> None:
-        """GPUs have left: an actor numbered beyond the others ends, if it keeps one that is always there from a GPU.
+        """GPUs have left for long: an actor beyond the others ends if one that is always there waits for a GPU.
 
-        Such a one counts as always there itself, since it was created while there were more; a node that came back
-        before its old self was known to be gone is enough.
+        It never ends by itself, since it was created while there were more; a node that came back before its old self
+        was known to be gone is enough. A node that is gone for a while costs no warm actor.
         """
         if self._settings.max_actors is not None:
             return  # Ray's autoscaler brings a GPU for whoever waits
         mine = [known for known in self._slots.values() if known.place.accelerator == kind]
         beyond = [known for known in mine if known.ready and known.place.number >= self._bounds[kind].most]
         waiting = [known for known in mine if not known.ready and self._belongs(known.place)]
-        if beyond and any(_state(known.handle) in _HOMELESS for known in waiting):
+        if not beyond or not any(_state(known.handle) in _HOMELESS for known in waiting):
+            self._crowded_since.pop(kind, None)
+        elif time.monotonic() - self._crowded_since.setdefault(kind, time.monotonic()) > self._settings.keep_idle_s:
             last = max(beyond, key=lambda known: known.place.number)  # every driver says so, of the same one
             last.handle.drain.remote()
             logger.info("GPU actor %s ends: others have left, and one of those that stay waits", last.place.name)

@@ -141,7 +141,7 @@ def test_a_task_waits_for_its_gpu_model_fails_clearly_without_one_and_runs_when_
 
 
 def test_after_a_node_has_left_no_actor_waits_for_the_gpu_of_a_surplus_one(start):
-    fleet = start({}, gpus=1)
+    fleet = start({"BRIDGE_KEEP_IDLE_S": "1"}, gpus=1)
     leaves = fleet.join()
     wait_for(lambda: fleet.states() == dict.fromkeys(range(2), "ready"), "the actor of the second node")
     fleet.join()

@@ -77,6 +77,7 @@ class Cluster:
             "BRIDGE_RAY_ADDRESS": self.head.address,
             "BRIDGE_NAMESPACE": "chaos",
             "BRIDGE_BEAT_S": "1",
+            "BRIDGE_KEEP_IDLE_S": "10",  # an actor beyond the GPUs ends after this
             "BRIDGE_GPU_SLOTS": str(SLOTS),
             "BRIDGE_ENVIRONMENT": '["CHAOS_*"]',
         }

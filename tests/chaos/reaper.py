@@ -19,15 +19,22 @@ TRIES = 50
 
 
 def members(folder):
-    """Processes of the run: those whose session began with its folder in the environment, and what they started."""
-    mark = f"CHAOS_FOLDER={folder}".encode()
+    """Processes of the run: those with its folder in their environment or that work in it, and what they started."""
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+            if process.pid != os.getpid() and _belongs(process.pid, str(folder)):
                 for each in [process, *process.children(recursive=True)]:
                     found[each.pid] = each
     return list(found.values())
+
+
+def _belongs(pid, folder):
+    here = Path(f"/proc/{pid}")
+    works_in = str((here / "cwd").readlink())  # Redis: its title is written over its environment
+    return works_in.startswith(f"{folder}/") or f"CHAOS_FOLDER={folder}".encode() in (
+        here / "environ"
+    ).read_bytes().split(b"\0")
 
 
 def take_down(folder):
