@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos import reaper
-from tests.support.services import ROOT, RayCluster, RayNode, RedisServer, Worker, wait_for
+from tests.support.services import ROOT, RayCluster, RayNode, RedisServer, Worker, keep_token, wait_for
 
 WORKERS = ("a", "b")
 NODES = ("1", "2")
@@ -34,7 +35,8 @@ class Cluster:
         self._starting = {}  # name of a node -> thread
         self.environment = {
             "CHAOS_FOLDER": str(self.folder),
-            "HOME": str(self.folder),  # a token of this machine's user is none of the run's
+            "HOME": str(self.folder),  # the token of this machine's user is none of the run's
+            "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         command = [sys.executable, "-m", "tests.chaos.reaper", str(self.folder), str(os.getpid())]
@@ -44,6 +46,7 @@ class Cluster:
         """Bring everything up; returns when both workers have a ready actor."""
         self._outside = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)  # the support's processes inherit it
+        keep_token(self.folder, secrets.token_hex(32))
         for name in ("once", "redis", "logs"):
             (self.folder / name).mkdir()
         self.start_redis()

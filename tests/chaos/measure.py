@@ -13,7 +13,9 @@ ROLES = ("worker", "driver", "actor", "executor")
 #: What may be more at the end than at the start, for each role: threads, descriptors, and memory as a factor and MiB.
 THREADS, DESCRIPTORS, FACTOR, MIB = 4, 12, 1.3, 40
 #: Keys of Celery and kombu that stay, each once or once per task.
-STAYING = ("celery-task-meta-", "_kombu.binding", "celery-taskset-meta-")
+STAYING = ("celery-task-meta-", "_kombu.binding", "celery-taskset-meta-", "chaos-dead-letter", "chaos-crashes-")
+#: How keys of dead letters begin; they stay, as do crashes of poisoned tasks.
+LETTER = "chaos-dead-letter-"
 #: Answers to the harness's own questions that came too late; Celery lets them expire.
 REPLIES = ".reply.celery.pidbox"
 
@@ -54,6 +56,11 @@ def keys(client):
             sizes = {"hash": client.hlen, "zset": client.zcard, "list": client.llen, "set": client.scard}
             found[name] = sizes[kind](key) if kind in sizes else 1
     return found
+
+
+def dead_letters(client):
+    """Ids of the tasks a dead letter is kept of."""
+    return {key.decode().removeprefix(LETTER) for key in client.scan_iter(f"{LETTER}*", count=1000)}
 
 
 def chords(client):

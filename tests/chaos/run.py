@@ -72,6 +72,10 @@ class Run:
         verdict = Verdict(
             lines(self.sent), lines(self.cluster.folder / "effects"), results.histories, lines(self.struck)
         )
+        self.problems += [
+            f"{task} has a dead letter and is not poisoned"
+            for task in measure.dead_letters(self.cluster.redis.client) - verdict.poisoned
+        ]
         summary = self._summary(verdict, before, after, whole)
         if summary["violations"]:
             self._keep()

@@ -89,6 +89,13 @@ class Verdict:
         return len(story.starts) - wanted
 
     @property
+    def poisoned(self):
+        """Tasks that ended as TaskPoisoned."""
+        return {
+            task for task, story in self.stories.items() if story.history and story.history[-1][1] == "TaskPoisoned"
+        }
+
+    @property
     def bound(self):
         """Most duplicates the faults of this run allow, and how many early ones may have been lost with a worker."""
         struck = Counter(each["kind"] for each in self.faults)
