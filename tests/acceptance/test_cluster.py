@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -136,9 +137,11 @@ def test_an_app_that_gpu_nodes_cannot_import(environment, tmp_path):
 
 
 def test_without_an_address_the_cluster_ray_start_brought_up_on_this_host_is_used(cluster, environment, tmp_path):
-    ray = cluster(own_folder=False, env={"RAY_AUTH_MODE": "disabled"})
-    env = {key: value for key, value in environment.items() if key != "BRIDGE_RAY_ADDRESS"}
-    worker = Worker(tmp_path, "-c", "1", "-Q", "none", env={**env, "HOME": str(tmp_path)})
-    assert f":{ray.port} (Ray" in worker.output
-    assert "asks for no token: whoever reaches its ports can run code on its nodes" in worker.output
-    assert worker.stop() == 0
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as here:
+        # Instead of Ray's default: nodes that other tests start at the same time write their address there.
+        ray = cluster(own_folder=False, env={"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": here})
+        env = {key: value for key, value in environment.items() if key != "BRIDGE_RAY_ADDRESS"}
+        worker = Worker(tmp_path, "-c", "1", "-Q", "none", env={**env, "HOME": str(tmp_path), "RAY_TMPDIR": here})
+        assert f":{ray.port} (Ray" in worker.output
+        assert "asks for no token: whoever reaches its ports can run code on its nodes" in worker.output
+        assert worker.stop() == 0

@@ -8,7 +8,7 @@ import pytest
 from tests.chaos import reaper
 from tests.chaos.run import Run, table
 
-SECONDS = 60
+SECONDS = 40
 
 
 @pytest.mark.timeout(500)
@@ -17,7 +17,7 @@ def test_nothing_is_lost_while_everything_is_killed(tmp_path):
     run = Run(seed=7, seconds=SECONDS, keep=tmp_path / "kept")
     summary = run.go()
     assert summary["violations"] == [], table(summary)
-    assert summary["sent"] > 1000 and len(summary["faults"]) >= 10, table(summary)
+    assert summary["sent"] > 800 and len(summary["faults"]) >= 6, table(summary)
     json.dumps(summary)
     assert not run.cluster.folder.exists() and reaper.members(run.cluster.folder) == []
     assert not [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
