@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint chaos bench gpu-check clean
+.PHONY: help demo test lint chaos fuzz bench gpu-check clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,11 @@ SEED ?= 1
 MINUTES ?= 1
 chaos: $(VENV)/installed-all ## kills and stops at random from SEED=n for MINUTES=m while thousands of tasks run; says whether any was lost
 	@$(BIN)/python -u -m tests.chaos.run --seed $(SEED) --minutes $(MINUTES)
+
+SECONDS ?= 60
+fuzz: $(VENV)/installed-all ## atheris looks for a message that harms the worker, for SECONDS=n; not part of the tests
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz.messages -max_total_time=$(SECONDS)
 
 lint: $(VENV)/installed-all ## linters, types, import contracts
 	@$(BIN)/ruff check .
