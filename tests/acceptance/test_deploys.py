@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.support.services import ROOT, RayCluster, Worker, wait_for
+from tests.support.services import ROOT, RayCluster, Worker, inspected, wait_for
 
 GET = {"timeout": 90}
 APP = """
@@ -87,8 +87,7 @@ def test_a_rolling_restart_under_load(cluster, environment, producer, tmp_path):
         return Worker(tmp_path, *options, app="deployed:app", env=env, log=f"{name}.log")
 
     def actors(name):
-        found = producer.control.inspect(destination=[f"{name}@{socket.gethostname()}"], timeout=20)._request("gpu")
-        return found[f"{name}@{socket.gethostname()}"]["actors"]
+        return inspected(producer, f"{name}@{socket.gethostname()}", "gpu")["actors"]
 
     def both_ready(name):
         wait_for(lambda: [actor["state"] for actor in actors(name)] == ["ready", "ready"], f"both actors of {name}")

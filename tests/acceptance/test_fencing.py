@@ -7,7 +7,7 @@ import pytest
 from celery import Celery
 
 from tests.acceptance.test_events import Events
-from tests.support.services import RayCluster, Worker, wait_for
+from tests.support.services import RayCluster, Worker, inspected, wait_for
 
 GET = {"timeout": 90}
 NAME = f"sick@{socket.gethostname()}"
@@ -45,7 +45,7 @@ def test_a_bad_gpu_is_fenced_and_its_tasks_run_on_the_other_one(cluster, environ
     events = Events(client)
 
     def actors():
-        return client.control.inspect(destination=[NAME], timeout=20)._request("gpu")[NAME]["actors"]
+        return inspected(client, NAME, "gpu")["actors"]
 
     def send(*numbers):
         return [client.send_task("sick.works", (str(runs), number)) for number in numbers]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from tests.support.services import RedisServer, Worker, wait_for
+from tests.support.services import RedisServer, Worker, inspected, wait_for
 
 GET = {"timeout": 90}
 MIB = 1 << 20
@@ -57,7 +57,7 @@ def test_a_result_that_redis_refuses_fails_its_task_once_and_says_why(
 
     def in_flight():
         name = f"refused@{socket.gethostname()}"
-        return client.control.inspect(destination=[name], timeout=20)._request("gpu")[name]["in_flight"]
+        return inspected(client, name, "gpu")["in_flight"]
 
     refuse(backend, how)
     try:

@@ -9,7 +9,7 @@ import pytest
 from bridge.head import VARIABLE
 from bridge.standalone import free_port
 from tests.support.heads import TwoNodes, kill_all_of
-from tests.support.services import RedisServer, Worker, wait_for
+from tests.support.services import RedisServer, Worker, inspected, wait_for
 from tests.support.tls import Certificate, TlsProxy
 
 GET = {"timeout": 90}
@@ -36,7 +36,7 @@ def start(environment, producer, tmp_path, monkeypatch):
             self.worker = Worker(tmp_path, *options, app="tests.apps.lossy:app", env=settings)
 
         def gpu(self):
-            return producer.control.inspect(destination=[self.name], timeout=20)._request("gpu")[self.name]
+            return inspected(producer, self.name, "gpu")
 
         def send(self, task, name):
             """A body that runs until `release`; its result."""

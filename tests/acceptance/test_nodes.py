@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from tests.support.heads import kill_all_of
-from tests.support.services import RayCluster, RayNode, Worker, wait_for
+from tests.support.services import RayCluster, RayNode, Worker, inspected, wait_for
 
 GET = {"timeout": 120}
 
@@ -40,7 +40,7 @@ def site(environment, tmp_path_factory):
 def gpus(site, producer):
     """``gpus()``: what `inspect gpu` of each worker says."""
     names = site[1]
-    return lambda: [producer.control.inspect(destination=[name], timeout=20)._request("gpu")[name] for name in names]
+    return lambda: [inspected(producer, name, "gpu") for name in names]
 
 
 def executors(info):
