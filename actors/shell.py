@@ -613,14 +613,19 @@ class ActorShell:
         return frozenset(task.token for task in entry.sent[now.first : now.first + now.size]) if now else frozenset()
 
     def _queue_s(self) -> float:
-        """How long a new call would wait: a body that has run longer than foreseen may well take as long again."""
+        """How long a new call would wait, as far as foreseen.
+
+        Of a body that has run longer than foreseen nobody knows: as long again, and no less than a lease, within which
+        every driver hears of the actor anew.
+        """
         waiting_s = sum(entry.call.estimate_s for entry in self._queue)
         if self._active is None:
             return waiting_s
         entry, child = self._active
         running = child.running()
         ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
-        return waiting_s + max(entry.call.estimate_s, ran_s)
+        is_late = ran_s > max(entry.call.estimate_s, HOLDS_UP_S)
+        return waiting_s + (max(ran_s, self._limits.lease_s) if is_late else entry.call.estimate_s)
 
     def _tell(self, driver: str, release: str) -> Health:
         if driver in self._untold:
