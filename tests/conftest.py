@@ -34,6 +34,16 @@ def clean_environment(tmp_path_factory):
     os.environ["BRIDGE_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))  # no worker of another run is asked
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_worker_stays():
+    """A test that fails may leave its worker behind, which would load the machine under all that follow."""
+    yield
+    for each in Worker.started:
+        if each.popen.poll() is None:
+            each.kill_group()
+    Worker.started.clear()
+
+
 @pytest.fixture(scope="session")
 def redis_server(clean_environment, tmp_path_factory):
     server = RedisServer(tmp_path_factory.mktemp("redis"))

@@ -63,19 +63,24 @@ def _get(client, task):
     return None
 
 
+def ends_well(site, running, folder):
+    """The body ends, its result is stored, the worker comes back, and nothing ran twice."""
+    (folder / "running-go").touch()
+    assert b'"SUCCESS"' in site.stored(running)
+    wait_for(lambda: site.worker.output.count("Connected to redis") >= 2, "the worker to be back")
+    site.connect()
+    assert site.client.send_task("lossy.cpu", [7]).get(**GET) == 7
+    assert (folder / "running").read_text().count("run") == 1
+    assert site.worker.stop() == 0
+
+
 def test_cut_connections_and_a_slow_redis(site, tmp_path):
     running = site.hold("running")
     for kind in ("normal", "pubsub"):
         site.server.client.execute_command("CLIENT", "KILL", "TYPE", kind)
     site.worker.says("Connection to broker lost")
     site.server.client.execute_command("CLIENT", "PAUSE", 3000, "ALL")
-    (tmp_path / "running-go").touch()
-    assert b'"SUCCESS"' in site.stored(running)
-    wait_for(lambda: site.worker.output.count("Connected to redis") >= 2, "the worker to be back")
-    site.connect()
-    assert site.client.send_task("lossy.cpu", [7]).get(**GET) == 7
-    assert (tmp_path / "running").read_text().count("run") == 1
-    assert site.worker.stop() == 0
+    ends_well(site, running, tmp_path)
 
 
 def test_a_redis_that_restarts_and_loads(site, tmp_path):
@@ -87,13 +92,7 @@ def test_a_redis_that_restarts_and_loads(site, tmp_path):
         pipe.execute()
     site.restart(options=LOADS_SLOWLY, wait=False)
     assert wait_for(lambda: said(site.server.port), "Redis to listen").startswith(b"-LOADING")
-    (tmp_path / "running-go").touch()
-    assert b'"SUCCESS"' in site.stored(running)
-    wait_for(lambda: site.worker.output.count("Connected to redis") >= 2, "the worker to be back")
-    site.connect()
-    assert site.client.send_task("lossy.cpu", [7]).get(**GET) == 7
-    assert (tmp_path / "running").read_text().count("run") == 1
-    assert site.worker.stop() == 0
+    ends_well(site, running, tmp_path)
 
 
 def said(port):

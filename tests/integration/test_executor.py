@@ -1424,6 +1424,15 @@ def test_tasks_behind_a_slow_one_come_back_while_it_runs(driver, folder, path, t
     assert not any(Path(mark).exists() for mark in marks), "what came back has not run here"
 
 
+def test_a_body_beyond_its_estimate_keeps_the_actor_busy_until_it_ends(driver, path, gate):
+    assert driver.health.queue_s == 0
+    held = driver.send(task("hold", path, gate), estimate_s=0.001)
+    wait_for(lambda: driver.health.queue_s >= LIMITS.lease_s, "the actor to say that it is busy for long")
+    open_gate(gate)
+    held.outcomes()
+    assert driver.health.queue_s == 0
+
+
 def test_tasks_of_one_run_do_not_part(driver, path):
     tasks = (task("waits_for", str(path)), task("echo", 1))
     sent = driver.send(*tasks)

@@ -157,6 +157,8 @@ class RayNode(Process):
 class Worker(Process):
     """`python -m bridge.worker`, or another command, on a test app."""
 
+    started = []  # of this module of tests
+
     def __init__(self, folder, *options, app="tests.apps.shop:app", env, command=None, log="worker.log", ready=True):
         command = command or [sys.executable, "-m", "bridge.worker"]
         if command[-1] == "bridge.worker":
@@ -164,5 +166,6 @@ class Worker(Process):
         else:
             words = [*command, "-A", app, "worker", "-l", "INFO", *options]
         super().__init__(words, Path(folder) / log, env=env)
+        Worker.started.append(self)
         if ready:
             self.says(" ready.")
