@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 class LoadedTask:
     """One task as the executor runs it."""
 
-    __slots__ = ("_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "streams", "task")
+    __slots__ = (
+        "_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "result", "streams",
+        "task",
+    )  # fmt: skip
 
     def __init__(self, task: Any, wishes: Wishes) -> None:
         body = innermost(task)
@@ -36,6 +39,7 @@ class LoadedTask:
         self.memory_bytes = int(getattr(gpu, "memory", None) or 0)
         self.streams: int = 1 if self.batch else getattr(gpu, "streams", 1)
         self.example: tuple[Any, ...] | None = getattr(gpu, "example", None)
+        self.result: str = getattr(gpu, "result", "value")
         self.keeps_models = is_pydantic(task)  # Celery's wrapper dumps them, in the driver
         task.run = body
         wishes.install(task)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import outcomes, residents
+from actors import arrays, outcomes, residents
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -31,9 +31,11 @@ from actors.contract import (
     TaskCall,
 )
 from actors.device_api import Device, Stream
+from actors.errors import DataError
 from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
+from actors.opening import Opener
 from actors.release import LoadedTask, connection_closer, load_tasks
 from actors.sizes import readable
 from actors.wishes import Wishes
@@ -70,6 +72,7 @@ class Runner:
     def load(self, app: Any) -> None:
         """Take the release's tasks and what they log."""
         self._logs.install(app)
+        self._app = app
         self.close_connections = connection_closer(app)
         self._tasks = load_tasks(app, self._config.release, self._wishes)
 
@@ -77,6 +80,8 @@ class Runner:
         """Run bodies on this device."""
         self._device = device
         self._admission = Admission(device, residents.shared)
+        self._opener = Opener(self._app, self._config.stores, device)
+        arrays.opener = self._opener.stores.get
 
     def run_examples(self) -> None:
         """Run the example of each task that has one."""
@@ -138,13 +143,13 @@ class Runner:
         """
         most = loaded.batch.max_size if loaded.batch else loaded.streams
         if most == 1:
-            return [_Item(tasks[index].token, *pickle.loads(tasks[index].payload))]
+            return [_unpickled(tasks[index])]
         items: list[_Item] = []
         for number, task in enumerate(tasks[index : index + most], index):
             if number > index and (not _may_join(loaded, tasks[index], task) or self._journal.is_cancelled(number)):
                 break
             try:
-                items.append(_Item(task.token, *pickle.loads(task.payload)))
+                items.append(_unpickled(task))
             except Exception:
                 if not items:
                     raise
@@ -158,16 +163,20 @@ class Runner:
         return items[: self._admission.admit(loaded.memory_bytes, len(items), self._used_by(loaded))]
 
     def _run_alone(self, loaded: LoadedTask, item: "_Item", first: int) -> Outcome:
-        result = self._guarded(loaded, loaded.call, item, first)
+        call = self._call_of(loaded, item)
+        result = self._guarded(loaded, call, item, first)
         if result.out_of_memory and loaded.may_run_twice:
             self._make_room(result.used)
-            result = self._guarded(loaded, loaded.call, item, first)
+            result = self._guarded(loaded, call, item, first)
         return self._outcome(item.token, loaded, result, 1)
 
     def _run_vectorised(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
         pairs = [(item.args, item.kwargs) for item in items]
-        result = self._guarded(loaded, loaded.run_items, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
+        call: Any = loaded.run_items
+        if any(item.has_arrays for item in items):
+            call = self._opener.opening_items(loaded.task, call)
+        result = self._guarded(loaded, call, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
             for item, value in zip(items, result.value, strict=True):
@@ -196,7 +205,7 @@ class Runner:
                 break
             begun = time.monotonic_ns()
             with stream:
-                result = self._guarded(loaded, loaded.call, item, first, count, waits=False)
+                result = self._guarded(loaded, self._call_of(loaded, item), item, first, count, waits=False)
             launched.append((item, stream, result))
         del result  # or its arrays would stay until all have ended
         count, short = len(launched), []
@@ -213,7 +222,11 @@ class Runner:
             yield outcome
         for item, used, index in short:
             self._make_room(used)
-            yield self._outcome(item.token, loaded, self._guarded(loaded, loaded.call, item, index), 1)
+            result = self._guarded(loaded, self._call_of(loaded, item), item, index)
+            yield self._outcome(item.token, loaded, result, 1)
+
+    def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
+        return self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
 
     def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
         """A launched body's result when its stream has ended; a late error of the device is the body's."""
@@ -326,7 +339,11 @@ class Runner:
                 failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
-            value = pickle.dumps(outcomes.plain(result.value, loaded.keeps_models), 5)
+            value = self._opener.stored(result.value) if loaded.result == "ref" else result.value
+            value = pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
+        except DataError as error:  # the store has not taken it: the task's own error, by which it may be sent again
+            failed = outcomes.failure(token, error, Runner._enter_body.__code__, False, result.run_s)
+            return failed._replace(logs=logs, wishes=wishes)
         except Exception as error:
             message = f"{type(result.value).__name__}: {error}"[: outcomes.TEXT_LIMIT]
             return Failed(
@@ -343,6 +360,7 @@ class _Item(NamedTuple):
     args: Any
     kwargs: Any
     context: dict[str, Any]
+    has_arrays: bool  # that are to be opened
 
 
 class _Result(NamedTuple):
@@ -353,6 +371,12 @@ class _Result(NamedTuple):
     used: tuple[str, ...]  # names of residents
     logs: tuple[LogLine, ...] = ()
     wishes: bytes = b""
+
+
+def _unpickled(task: TaskCall) -> _Item:
+    arrays.forget_found()
+    args, kwargs, context = pickle.loads(task.payload)
+    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()))
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

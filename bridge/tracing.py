@@ -17,10 +17,12 @@ import greenlet
 from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
+from actors import arrays
+from actors.arrays import ArrayRef
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.contract import Outcome, Pending, Reason
 from bridge.dead_letters import Crash
-from bridge.errors import BridgeError, TaskPoisoned
+from bridge.errors import BridgeError, PayloadInvalid, TaskPoisoned
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
@@ -46,6 +48,7 @@ class TracedTask:
         "crashes",
         "how",
         "losses",
+        "once",
         "payload",
         "run",
         "short_since",
@@ -66,6 +69,7 @@ class TracedTask:
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
         self.losses = 0
+        self.once: list[ArrayRef] = []  # what is deleted when it has ended
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
         self.short_since = 0.0  # when it was first refused for want of memory
@@ -141,7 +145,7 @@ class Tracing:
         if task.tracer is not None:
             task.tracer.throw(greenlet.GreenletExit)
 
-    def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
         tracer = greenlet.getcurrent()
         celery_task = self._tasks[name]
@@ -155,6 +159,7 @@ class Tracing:
         if tracer.refusal is not None:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
+        task.once = arrays.seen_once.copy()
         task.payload = _payload(args, kwargs, vars(celery_task.request), task.run.request)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
@@ -167,7 +172,10 @@ class Tracing:
         tracer.has_outcome = True
         if isinstance(outcome, BridgeError):
             raise _final(celery_task, outcome)
-        return resolve(celery_task, outcome)
+        try:
+            return resolve(celery_task, outcome)
+        except PayloadInvalid as error:  # what can be seen on the GPU node only
+            raise _final(celery_task, error) from error.__cause__
 
     def _trace(self, task: TracedTask) -> None:
         """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
@@ -191,7 +199,7 @@ class _Final(BaseException):
 
 
 def _final(task: Any, error: BridgeError) -> BaseException:
-    return _Final(error) if isinstance(error, TaskPoisoned) and hasattr(task, "_orig_run") else error
+    return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
 def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> bytes:
@@ -225,9 +233,7 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
         body = innermost(task)
         has_own_check = is_pydantic(task)
 
-        def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
-            return forward(_name, _body, *args, **kwargs)
-
+        stand_in = _stand_in(forward, name, body)
         # Task.retry merges new arguments with the message's by the signature it finds.
         stand_in.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
         replace_innermost(task, stand_in)
@@ -241,8 +247,17 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
             without_custom_call(task)  # it runs in the executor, around the body
 
 
+def _stand_in(forward: Callable[..., Any], name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called in the body's place; the body's own parameters may have any names."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return forward(name, body, *args, **kwargs)
+
+    return stand_in
+
+
 def _without_final(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Outside of autoretry: a poisoned task ends."""
+    """Outside of autoretry: a task that is poisoned or can never fit ends."""
 
     def ended(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -258,6 +273,7 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
     """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
+        arrays.seen_once.clear()
         args, kwargs = check(args, kwargs)
         return run(*args, **kwargs)
 
