@@ -57,17 +57,12 @@ from bridge.ledger import Answered, Ledger
 from bridge.lines import TaskRule
 from bridge.link import Link
 from bridge.marks import Mark, find_marks, map_marks
-from bridge.places import needs
-from bridge.results import GroupedResults
-from bridge.roster import Alarm, Roster
-from bridge.scheduler import (
+from bridge.orders import (
     ActorBusy,
     ActorShort,
     Drop,
     Event,
     Interrupt,
-    Rules,
-    Scheduler,
     StartCall,
     TaskCancelled,
     TaskFinished,
@@ -75,6 +70,10 @@ from bridge.scheduler import (
     Tick,
     WakeAt,
 )
+from bridge.places import needs
+from bridge.results import GroupedResults
+from bridge.roster import Alarm, Roster
+from bridge.scheduler import Rules, Scheduler
 from bridge.settings import Settings, settings
 from bridge.tracing import TracedTask, Tracing, einfo, prepare
 from bridge.verdicts import Verdict, judge

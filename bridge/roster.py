@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from actors.contract import ActorState, Health
-from bridge.scheduler import ActorBusy, ActorLost, ActorReady, Event
+from bridge.orders import ActorBusy, ActorLost, ActorReady, Event
 
 logger = logging.getLogger(__name__)
 
