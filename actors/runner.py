@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import arrays, outcomes, residents
+from actors import arrays, device_results, outcomes, residents
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -79,7 +79,7 @@ class Runner:
     def use(self, device: Device) -> None:
         """Run bodies on this device."""
         self._device = device
-        self._admission = Admission(device, residents.shared)
+        self._admission = Admission(device, residents.shared, device_results.shared)
         self._opener = Opener(self._app, self._config.stores, device)
         arrays.opener = self._opener.stores.get
 
@@ -253,6 +253,7 @@ class Runner:
         celery_state._task_stack.push(task)
         self.close_connections()
         residents.shared.forget_touched()
+        device_results.shared.forget_touched()
         self._logs.start()
         started = time.monotonic_ns()
         value, error = None, None
@@ -303,16 +304,18 @@ class Runner:
 
     def _how_full(self) -> str:
         """What is on the device now, for an error; "" where nobody knows."""
-        held = residents.shared.size_bytes()
-        memory = self._device.memory(held)
+        held, results = residents.shared.size_bytes(), device_results.shared.device_bytes()
+        memory = self._device.memory(held + results)
         if not memory.total:
             return ""
         whole, used = readable(memory.total), readable(memory.used)
-        return f"; {used} of the device's {whole} are in use now, {readable(held)} by residents"
+        stays = f"{readable(held)} by residents" + (f", {readable(results)} by results" if results else "")
+        return f"; {used} of the device's {whole} are in use now, {stays}"
 
     def _make_room(self, used: tuple[str, ...]) -> None:
         """Before a second try: whatever else is on the device goes, except residents that the first has `used`."""
         self._device.free()
+        device_results.shared.spill()
         residents.shared.evict(used)
 
     def _end_broken(self, error: BaseException) -> None:
