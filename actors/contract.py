@@ -36,6 +36,7 @@ class TaskCall(NamedTuple):
     payload: bytes
     soft_limit_s: float | None
     hard_limit_s: float | None
+    stays: bool = False  # arrays in its result may stay on the device: only GPU tasks of the app take them
 
 
 class Call(NamedTuple):
@@ -248,6 +249,7 @@ class Config(NamedTuple):
     results_limit: str = "25%"  # of results that stay on the device, likewise
     host_results_limit: str = "4GiB"  # of those that had to move to the host's memory, in bytes
     keep_s: float = 3600.0  # a result stays for so long
+    actor: int = 0  # number of the executor's actor
 
 
 #: The step of start-up in which an executor touches its device for the first time.

@@ -56,7 +56,12 @@ class DeviceResults:
         self._why_gone: OrderedDict[str, str] = OrderedDict()
 
     def put(self, array: Any, keep_s: float) -> str:
-        """Hold an array of this process's device for so many seconds; its id. Others move or go until budgets hold."""
+        """Hold an array of this process's device for so many seconds; its id. Others move or go until budgets hold.
+
+        A view that keeps much more alive than it shows, such as one row of a batch, is held as a copy.
+        """
+        if array_bytes(array) > 2 * max(int(array.nbytes), _POOL_BYTES):
+            array = array.copy()
         name = secrets.token_hex(16)
         with self._lock:
             self._held[name] = _Kept(array, _taken(array), time.monotonic() + keep_s, on_device=True)

@@ -35,7 +35,7 @@ from actors.errors import DataError
 from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
-from actors.opening import Opener
+from actors.opening import Opener, use
 from actors.release import LoadedTask, connection_closer, load_tasks
 from actors.sizes import readable
 from actors.wishes import Wishes
@@ -80,7 +80,8 @@ class Runner:
         """Run bodies on this device."""
         self._device = device
         self._admission = Admission(device, residents.shared, device_results.shared)
-        self._opener = Opener(self._app, self._config.stores, device)
+        self._opener = Opener(self._app, self._config, device)
+        use(self._opener)
         arrays.opener = self._opener.stores.get
 
     def run_examples(self) -> None:
@@ -168,7 +169,7 @@ class Runner:
         if result.out_of_memory and loaded.may_run_twice:
             self._make_room(result.used)
             result = self._guarded(loaded, call, item, first)
-        return self._outcome(item.token, loaded, result, 1)
+        return self._outcome(item, loaded, result, 1)
 
     def _run_vectorised(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
@@ -180,12 +181,12 @@ class Runner:
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
             for item, value in zip(items, result.value, strict=True):
-                yield self._outcome(item.token, loaded, _share(shares, value), len(items))
+                yield self._outcome(item, loaded, _share(shares, value), len(items))
                 if shares.logs or shares.wishes:  # of all, told once
                     shares = shares._replace(logs=(), wishes=b"")
             return
         if len(items) == 1 or not isinstance(result.error, Exception):
-            yield from (self._outcome(item.token, loaded, result, len(items)) for item in items)
+            yield from (self._outcome(item, loaded, result, len(items)) for item in items)
             return
         if result.out_of_memory:
             self._make_room(result.used)
@@ -217,13 +218,13 @@ class Runner:
                     short.append((item, result.used, index))
                     continue
                 share_s = (time.monotonic_ns() - started) / 1e9 / count
-                outcome = self._outcome(item.token, loaded, result._replace(run_s=share_s), 1)
+                outcome = self._outcome(item, loaded, result._replace(run_s=share_s), 1)
             del result
             yield outcome
         for item, used, index in short:
             self._make_room(used)
             result = self._guarded(loaded, self._call_of(loaded, item), item, index)
-            yield self._outcome(item.token, loaded, result, 1)
+            yield self._outcome(item, loaded, result, 1)
 
     def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
         return self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
@@ -333,8 +334,8 @@ class Runner:
         if names != self._used_by(loaded):
             self._used[loaded.name] = self._news[loaded.name] = names
 
-    def _outcome(self, token: str, loaded: LoadedTask, result: "_Result", batch: int) -> Outcome:
-        logs, wishes = result.logs, result.wishes
+    def _outcome(self, item: "_Item", loaded: LoadedTask, result: "_Result", batch: int) -> Outcome:
+        token, logs, wishes = item.token, result.logs, result.wishes
         if result.error is not None:
             entry = Runner._enter_body.__code__
             failed = outcomes.failure(token, result.error, entry, result.out_of_memory, result.run_s)
@@ -342,12 +343,14 @@ class Runner:
                 failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
-            value = self._opener.stored(result.value) if loaded.result == "ref" else result.value
+            value = self._opener.sendable(loaded, result.value, item.stays, item.context)
             value = pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
         except DataError as error:  # the store has not taken it: the task's own error, by which it may be sent again
+            self._opener.undo()
             failed = outcomes.failure(token, error, Runner._enter_body.__code__, False, result.run_s)
             return failed._replace(logs=logs, wishes=wishes)
         except Exception as error:
+            self._opener.undo()
             message = f"{type(result.value).__name__}: {error}"[: outcomes.TEXT_LIMIT]
             return Failed(
                 token, FailureKind.NOT_SENDABLE, type(error).__name__, message, run_s=result.run_s, logs=logs,
@@ -364,6 +367,7 @@ class _Item(NamedTuple):
     kwargs: Any
     context: dict[str, Any]
     has_arrays: bool  # that are to be opened
+    stays: bool  # who takes its result can take it from here
 
 
 class _Result(NamedTuple):
@@ -379,7 +383,7 @@ class _Result(NamedTuple):
 def _unpickled(task: TaskCall) -> _Item:
     arrays.forget_found()
     args, kwargs, context = pickle.loads(task.payload)
-    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()))
+    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()), task.stays)
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

@@ -308,7 +308,7 @@ class ActorShell:
 
     def _config_of(self, release: str) -> Config:
         """Where there was a GPU, no executor may take NumPy instead: the GPU is broken, and tasks belong elsewhere."""
-        config = self._configs[release]
+        config = self._configs[release]._replace(actor=self._slot)
         return config._replace(device="cuda") if self._has_cuda and config.device == "auto" else config
 
     def _retire(self, wanted: set[str], now: float) -> None:

@@ -187,7 +187,7 @@ class Stores:
     """
 
     def __init__(self, app: Any, config: StoreConfig) -> None:
-        self._app, self._config = app, config
+        self.app, self._config = app, config
         self._redis: RedisStore | None = None
         self._fsspec = FsspecStore(config)
 
@@ -269,7 +269,7 @@ class Stores:
             client = redis.Redis.from_url(config.url, **timeouts, retry=Retry(NoBackoff(), 1))
             return client, ""
         try:
-            shared = shared_redis(self._app, config.timeout_s)
+            shared = shared_redis(self.app, config.timeout_s)
         except Exception as error:
             raise StoreUnavailable(f"the app's Redis does not answer: {_text(error)}") from error
         if shared is None:

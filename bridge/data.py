@@ -4,6 +4,9 @@
     result = total.delay(ref)        # the message carries where they lie
     data.get(result.get())           # a task with Gpu(result="ref") answers in the same way
 
+A task with ``Gpu(result="device")`` answers with a handle to an array that stays where it is; tasks take that, too, and
+`get` fetches it.
+
 Importing this module also teaches kombu's JSON arrays: a NumPy array given to ``delay()`` travels in the message when
 it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one.
 """
@@ -14,17 +17,23 @@ from typing import Any
 
 import numpy
 from celery import current_app, signals
+from celery.result import allow_join_result
 from kombu.utils.json import register_type
 
-from actors import arrays
+from actors import arrays, handles
 from actors.arrays import Array, ArrayRef, ArraySpec, Inline, as_form
+from actors.errands import DELETE, EXPORT
+from actors.handles import DeviceArray
 from actors.stores import Stores
+from bridge.errors import HandleLost
 from bridge.settings import settings
 
-__all__ = ["Array", "ArrayRef", "ArraySpec", "aget", "aput", "delete", "get", "put"]
+__all__ = ["Array", "ArrayRef", "ArraySpec", "DeviceArray", "aget", "aput", "delete", "get", "put"]
 
 #: The name under which arrays are known to kombu's JSON, on both sides.
 MARKER = "bridge.array"
+#: Whoever gets an array from a device waits this long for the task that fetches it, in seconds.
+FETCH_S = 60.0
 
 
 def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
@@ -43,24 +52,30 @@ def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> Array
     return _stored(_stores(), array, keep_s, once)
 
 
-def get(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
-    """The array of a reference, or of its JSON.
+def get(ref: ArrayRef | DeviceArray | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
+    """The array of a reference or a handle, or of its JSON. A handle's is fetched by a GPU task, for up to a minute.
 
     Raises:
         ValueError: no reference.
-        DataLost, DataCorrupt, DataRefused, StoreUnavailable: as their docstrings say.
+        DataLost, DataCorrupt, DataRefused, StoreUnavailable, HandleLost: as their docstrings say.
+        celery.exceptions.TimeoutError: no worker has fetched it in time.
     """
     return _opened(_stores(), ref)
 
 
-def delete(ref: ArrayRef | dict[str, Any]) -> None:
-    """Forget the bytes of a reference before they expire; nothing happens if they are gone.
+def delete(ref: ArrayRef | DeviceArray | dict[str, Any]) -> None:
+    """Forget the bytes of a reference or a handle before they expire; nothing happens if they are gone.
+
+    A handle's array goes when a worker gets to it; this does not wait.
 
     Raises:
         ValueError: no reference.
         DataRefused, StoreUnavailable: as their docstrings say.
     """
     form = _form(ref)
+    if isinstance(form, DeviceArray):
+        _send(_stores(), form, DELETE, [form.model_dump(mode="json")], ignore_result=True)
+        form = form.kept
     if isinstance(form, ArrayRef):
         _stores().delete(form)
 
@@ -70,7 +85,7 @@ async def aput(array: Any, *, keep_s: float | None = None, once: bool = False) -
     return await asyncio.to_thread(_stored, _stores(), array, keep_s, once)  # in a thread Celery may know no app
 
 
-async def aget(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
+async def aget(ref: ArrayRef | DeviceArray | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
     """`get`, while the event loop goes on."""
     return await asyncio.to_thread(_opened, _stores(), ref)
 
@@ -84,14 +99,44 @@ def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> Arr
 
 def _opened(stores: Stores, ref: Any) -> "numpy.ndarray[Any, Any]":
     form = _form(ref)
+    if isinstance(form, DeviceArray):
+        return _of_device(stores, form)
     return stores.get(form) if isinstance(form, ArrayRef) else numpy.asarray(form.get())
 
 
 def _form(ref: Any) -> Any:
     form = as_form(ref)
-    if not isinstance(form, Inline | ArrayRef | numpy.ndarray):
+    if not isinstance(form, Inline | ArrayRef | DeviceArray | numpy.ndarray):
         raise ValueError(f"no reference to an array: {type(ref).__name__}; `data.put` returns one")
     return form if not isinstance(form, numpy.ndarray) else Inline.of(form)
+
+
+# ---- from a device
+
+
+def _of_device(stores: Stores, handle: DeviceArray) -> "numpy.ndarray[Any, Any]":
+    """Have the executor that holds an array put it where it can be read, and read it; or read its copy."""
+    result = _send(stores, handle, EXPORT, handle, settings().data_inline_bytes, expires=FETCH_S)
+    try:
+        with allow_join_result():  # in a CPU task, too: the task waited for runs on a GPU
+            form = as_form(result.get(timeout=FETCH_S))
+    except HandleLost:
+        if handle.kept is None:
+            raise
+        return stores.get(handle.kept)
+    finally:
+        result.forget()
+    if not isinstance(form, ArrayRef):
+        return numpy.asarray(form.get())
+    try:
+        return stores.get(form)
+    finally:
+        stores.delete(form)
+
+
+def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options: Any) -> Any:
+    exchange, routing_key = handle.route
+    return stores.app.send_task(task, args, exchange=exchange, routing_key=routing_key, **options)
 
 
 # ---- in messages and results
@@ -105,9 +150,10 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """A form, or in a producer the array itself."""
+    """A form, or in a producer the array itself; there a handle stays one, so that it can be sent on."""
     form = as_form(value)
-    return form if arrays.keeps_forms or not isinstance(form, Inline | ArrayRef) else form.get()
+    opened: Any = Inline | ArrayRef | DeviceArray if _is_child else Inline | ArrayRef
+    return form if arrays.keeps_forms or not isinstance(form, opened) else form.get()
 
 
 @cache
@@ -119,9 +165,11 @@ def _stores() -> Stores:
     return _stores_of(current_app._get_current_object())
 
 
-for _type in (numpy.ndarray, Inline, ArrayRef):
+for _type in (numpy.ndarray, Inline, ArrayRef, DeviceArray):
     register_type(_type, MARKER, _encoded, _decoded)
 arrays.opener = lambda ref: _stores().get(ref)
+handles.fetcher = lambda handle: _of_device(_stores(), handle)
+_is_child = False  # of a worker: what it gets is for a body
 
 
 @signals.worker_init.connect
@@ -133,4 +181,5 @@ def _keep_forms(**_: Any) -> None:
 @signals.worker_process_init.connect
 def _open_forms(**_: Any) -> None:
     """In a prefork child a message is read when its task runs: it gets the arrays."""
-    arrays.keeps_forms = False
+    global _is_child
+    arrays.keeps_forms, _is_child = False, True

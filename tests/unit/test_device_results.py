@@ -190,8 +190,15 @@ def test_one_that_the_host_cannot_take_either_is_dropped(results, gpu):
 
 
 def test_a_view_counts_as_what_it_keeps_alive(results, gpu):
-    results.put(made(gpu, 8)[:3], 60)
+    results.put(made(gpu, 8)[:600], 60)
     assert results.holdings().device_bytes == 8 * KIB
+
+
+def test_a_small_view_of_much_is_held_as_a_copy(results, gpu):
+    batch = made(gpu, 64).reshape(64, -1)
+    names = [results.put(row, 60) for row in batch]
+    assert results.holdings().device_bytes == 64 * KIB
+    assert all(is_on_device(results.get(name, results.executor)) for name in names)
 
 
 def test_small_ones_count_as_the_pool_counts_them(results, gpu):
