@@ -14,6 +14,7 @@ from tests.apps.base import App
 QUEUE = "resident"
 app = App("resident")
 app.conf.update(broker_connection_retry_on_startup=True, task_acks_late=True, task_default_queue=QUEUE)
+Floats = Array["float64"]
 STAYS = Gpu(result="device")
 
 
@@ -51,7 +52,7 @@ def made_together(folder: str, name: str, others: int, count: int) -> object:
 
 
 @app.task(gpu=STAYS)
-def doubled(values: Array["float64"]) -> object:
+def doubled(values: Floats) -> object:
     return values * 2
 
 
@@ -78,7 +79,7 @@ def joined(arrays: list[Array]) -> list:
 
 @app.task(gpu=STAYS)
 @batched(max_size=8, max_wait_s=0.05)
-def halved(values: list[Array["float64"]]) -> list:
+def halved(values: list[Floats]) -> list:
     return list(array_module().stack(values) / 2)
 
 
