@@ -65,7 +65,6 @@ class DeviceResults:
         name = secrets.token_hex(16)
         with self._lock:
             self._held[name] = _Kept(array, _taken(array), time.monotonic() + keep_s, on_device=True)
-            self._touched.add(name)
             self.changes += 1
         self._keep_budgets()
         return name
@@ -130,7 +129,7 @@ class DeviceResults:
         return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
 
     def spill(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Memory is short: results move to the host until `enough`, none that the running body has used."""
+        """Memory is short: results move to the host until `enough`, none that running bodies have used."""
         while not enough() and self._spill_oldest(self._touched):
             pass
         self._keep_budgets()
@@ -153,7 +152,7 @@ class DeviceResults:
         return self.holdings().device_bytes if self._held else 0
 
     def forget_touched(self) -> None:
-        """A new body starts."""
+        """A new run of bodies starts."""
         if self._touched:
             with self._lock:
                 self._touched.clear()

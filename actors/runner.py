@@ -110,6 +110,7 @@ class Runner:
         """Outcomes of the task at `index` and of those after it that share its run, each as soon as it is there."""
         task = tasks[index]
         loaded = self._tasks.get(task.name)
+        device_results.shared.forget_touched()
         if self._journal.is_cancelled(index):
             yield Failed(task.token, FailureKind.CANCELLED, "Cancelled", "withdrawn before it started")
             return
@@ -254,7 +255,6 @@ class Runner:
         celery_state._task_stack.push(task)
         self.close_connections()
         residents.shared.forget_touched()
-        device_results.shared.forget_touched()
         self._logs.start()
         started = time.monotonic_ns()
         value, error = None, None
