@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -26,6 +27,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.serialization import prepare_accept_content
 
 from actors import arrays
+from actors.arrays import ArrayRef
 from actors.contract import (
     Answer,
     Busy,
@@ -46,6 +48,7 @@ from actors.handles import DeviceArray
 from bridge import link as messages
 from bridge.auth import use_token
 from bridge.blame import Blame
+from bridge.errands import ENDED, NOT_HEARD_OF, Errands
 from bridge.errors import (
     BridgeError,
     ClusterUnavailable,
@@ -55,17 +58,7 @@ from bridge.errors import (
     StartupError,
     TaskPoisoned,
 )
-from bridge.handles import (
-    ENDED,
-    HOLDER_WAIT_S,
-    NOT_HEARD_OF,
-    Errands,
-    Fetched,
-    Plan,
-    handles_in,
-    handles_of,
-    plan,
-)
+from bridge.handles import HOLDER_WAIT_S, Plan, handles_in, handles_of, plan
 from bridge.head import outlast
 from bridge.ledger import Answered, Ledger
 from bridge.lines import ANY, TaskRule
@@ -365,35 +358,25 @@ class Driver:
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
         if task.plan is None:
             task.plan = plan(handles_of(task.run, self._accepted_content))
-        elsewhere = [handle for handle in task.plan.elsewhere if handle.id not in task.refs]
-        if elsewhere:
-            self._fetch_arrays(task, elsewhere, alone)
+        if task.plan.elsewhere and not task.refs:
+            task.alone = alone
+            self._errands.fetch(task.plan.elsewhere, partial(self._go_on_with, task))
             return
         priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
         rank = -priority if self._highest_first else priority
         self._events.append(TaskWaiting(task.token, task.run.task, rank, alone, task.plan.actor))
 
-    def _fetch_arrays(self, task: TracedTask, handles: list[DeviceArray], alone: bool) -> None:
-        """Let a task wait when what other actors hold for it is where it can be read."""
-        left, failed = {handle.id for handle in handles}, []
-
-        def take(handle: DeviceArray, answer: Fetched) -> None:
-            left.discard(handle.id)
-            if isinstance(answer, BridgeError):
-                failed.append(answer)
-            else:
-                task.refs[handle.id] = answer
-            if self._tasks.get(task.run.serial) is not task:
-                self._discard_refs(task)  # answered meanwhile
-            elif not left and task.cancelled:
-                self._end(task, einfo(Terminated(signal.SIGTERM)))
-            elif not left and failed:
-                self._refuse(task, failed[0])
-            elif not left:
-                self._wait(task, alone)
-
-        for handle in handles:
-            self._errands.fetch(handle, lambda answer, handle=handle: take(handle, answer))  # type: ignore[misc]
+    def _go_on_with(self, task: TracedTask, refs: dict[str, ArrayRef], error: BridgeError | None) -> None:
+        """What other actors hold for a task is where it can be read, or not all of it."""
+        task.refs = refs
+        if self._tasks.get(task.run.serial) is not task:
+            self._discard_refs(task)  # answered meanwhile
+        elif task.cancelled:
+            self._end(task, einfo(Terminated(signal.SIGTERM)))
+        elif error is not None:
+            self._refuse(task, error)
+        else:
+            self._wait(task, task.alone)
 
     def _discard_refs(self, task: TracedTask) -> None:
         if task.refs:

@@ -1,38 +1,26 @@
-"""In the driver: tasks that take arrays which stay on a device run where these are; pure but for `Errands`.
+"""In the driver: where a task runs that takes arrays which stay on a device, and whose results may stay. Pure.
 
-A task is pinned to the actor that holds most of the bytes it takes. What other actors hold for it is fetched first, by
-a task of ours that runs there (`actors/errands.py`). Whether a handle is good, only its executor knows: where that has
-ended the task runs anywhere, and its body gets the copy or fails as HandleLost.
+A task is pinned to the actor that holds most of the bytes it takes. What other actors hold for it is fetched first
+(`bridge/errands.py`). Whether a handle is good, only its executor knows: where that has ended the task runs anywhere,
+and its body gets the copy or fails as HandleLost.
 """
 
-import logging
 import pickle
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import Any, NamedTuple
 
 from kombu.serialization import loads
 from pydantic import ValidationError
 
-from actors.arrays import ArrayRef, ArraySpec, Unopened
-from actors.contract import Failed, Outcome, TaskCall
-from actors.device_results import lost
-from actors.errands import DELETE, EXPORT
+from actors.arrays import ArrayRef
 from actors.handles import DeviceArray
-from bridge.errors import BridgeError
 from bridge.link import Run
 from bridge.marks import Mark, is_gpu
-from bridge.orders import Event, TaskWaiting
-
-logger = logging.getLogger(__name__)
 
 #: A task whose arrays are on an actor that does not take calls waits this long for it, in seconds; then it runs where
 #: it can, as if they were lost.
 HOLDER_WAIT_S = 10.0
-#: Why what an actor held counts as lost.
-NOT_HEARD_OF = "its actor takes no calls"
-ENDED = "the process that held it (its executor) has ended"
 #: Objects of a message looked at for handles, at most.
 MOST_OBJECTS = 1_000_000
 #: Words that every message with a handle has, in whatever serialisation.
@@ -124,79 +112,6 @@ def _takes_handles(signature: Any, marks: Mapping[str, Mark]) -> bool:
         return is_gpu(marks, name, signature.get("args"), kwargs)  # type: ignore[arg-type]
     except (AttributeError, LookupError, TypeError):
         return False  # an odd signature; Celery says what is wrong with it
-
-
-# ---- arrays of other actors
-
-
-Fetched = ArrayRef | BridgeError
-
-
-class _Errand(NamedTuple):
-    """A task of ours that no message stands for."""
-
-    call: TaskCall
-    actor: int
-    then: Callable[[Fetched], None]
-
-
-class Errands:
-    """Sends tasks of ours to the actors that hold arrays; `tell` takes events for the scheduler."""
-
-    def __init__(self, tell: Callable[[Event], None]) -> None:
-        self._tell = tell
-        self._under_way: dict[str, _Errand] = {}  # by token
-
-    def fetch(self, handle: DeviceArray, then: Callable[[Fetched], None]) -> None:
-        """Have an array put into the store; `then` takes the reference, or why there is none, later."""
-        self._send(EXPORT, Unopened(ArraySpec(), handle), handle.actor, then)
-
-    def delete(self, handles: Iterable[DeviceArray]) -> None:
-        """Have arrays forgotten that nobody will ask for."""
-        held: dict[int, list[dict[str, Any]]] = {}
-        for handle in handles:
-            held.setdefault(handle.actor, []).append(handle.model_dump(mode="json"))
-        for actor, forms in held.items():
-            self._send(DELETE, forms, actor, lambda _: None)
-
-    def __contains__(self, token: str) -> bool:
-        return token in self._under_way
-
-    def call(self, token: str) -> TaskCall:
-        """What the actor is sent."""
-        return self._under_way[token].call
-
-    def wait(self, token: str) -> None:
-        """The actor has not taken it: it waits."""
-        errand = self._under_way[token]
-        self._tell(TaskWaiting(token, errand.call.name, actor=errand.actor))
-
-    def take(self, outcome: Outcome) -> None:
-        """One has ended."""
-        errand = self._under_way.pop(outcome.token)
-        if isinstance(outcome, Failed):
-            errand.then(_error_of(outcome))
-        elif errand.call.name == EXPORT:
-            errand.then(ArrayRef.model_validate(pickle.loads(outcome.value)))
-
-    def lose(self, token: str, why: str) -> None:
-        """Its actor is not there any more, or not for now."""
-        self._under_way.pop(token).then(lost(why))
-
-    def _send(self, name: str, argument: Any, actor: int, then: Callable[[Fetched], None]) -> None:
-        token = f"errand-{uuid.uuid4().hex}"
-        context = {"id": token, "task": name, "args": [], "delivery_info": {}}
-        payload = pickle.dumps(((argument,), {}, context), 5)
-        self._under_way[token] = _Errand(TaskCall(token, name, payload, None, None), actor, then)
-        self.wait(token)
-
-
-def _error_of(failed: Failed) -> BridgeError:
-    try:
-        error = pickle.loads(failed.exception) if failed.exception else None
-    except Exception:
-        error = None
-    return error if isinstance(error, BridgeError) else lost(f"it could not be fetched: {failed.message}")
 
 
 # ---- into the call

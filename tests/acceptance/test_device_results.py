@@ -1,9 +1,11 @@
-"""Arrays that stay on the device between tasks: one worker, two logical GPUs."""
+"""Arrays that stay on the device between tasks: one worker, two logical GPUs, and the example on a third."""
 
 import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -14,7 +16,7 @@ from bridge import data, errors
 from bridge.data import DeviceArray
 from tests.apps.resident import QUEUE
 from tests.apps.resident import app as resident_app
-from tests.support.services import RayCluster, Worker, inspected, wait_for
+from tests.support.services import ROOT, RayCluster, Worker, inspected, wait_for
 
 GET = {"timeout": 60}
 NAME = f"resident@{socket.gethostname()}"
@@ -23,17 +25,18 @@ COUNT = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def ray_of_two(clean_environment, tmp_path_factory):
-    cluster = RayCluster(tmp_path_factory.mktemp("ray-of-two"), gpus=2)
+def ray_of_three(clean_environment, tmp_path_factory):
+    cluster = RayCluster(tmp_path_factory.mktemp("ray-of-three"), gpus=3)
     yield cluster
     cluster.stop()
     shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def worker(environment, ray_of_two, tmp_path_factory):
+def worker(environment, ray_of_three, tmp_path_factory):
     env = environment | {
-        "BRIDGE_RAY_ADDRESS": ray_of_two.address, "BRIDGE_NAMESPACE": "resident", "BRIDGE_BEAT_S": "0.2",
+        "BRIDGE_RAY_ADDRESS": ray_of_three.address, "BRIDGE_NAMESPACE": "resident", "BRIDGE_BEAT_S": "0.2",
+        "BRIDGE_MIN_ACTORS": "2", "BRIDGE_MAX_ACTORS": "2",
         "BRIDGE_DEVICE_RESULTS_LIMIT": "64MiB", "BRIDGE_HOST_RESULTS_LIMIT": "128MiB",
     }  # fmt: skip
     options = ("-c", "1", "-n", "resident@%h", "-Q", QUEUE)
@@ -49,6 +52,8 @@ def app(redis_server, worker):
     yield resident_app
     resident_app.backend.result_consumer.stop()
     resident_app.close()
+    for key in keys(redis_server):  # what CPU tasks have got by reference; it would expire
+        redis_server.client.delete(key)
 
 
 @pytest.fixture
@@ -267,3 +272,20 @@ def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path):
         with pytest.raises(TaskRevokedError):
             result.get(**GET)
     wait_for(lambda: counts() == before, "nothing more to be held than before")
+
+
+def test_the_example_compares_both_ways(environment, ray_of_three, worker, tmp_path):
+    env = environment | {
+        "BRIDGE_RAY_ADDRESS": ray_of_three.address, "BRIDGE_NAMESPACE": "example", "BRIDGE_MIN_ACTORS": "1",
+        "BRIDGE_MAX_ACTORS": "1",
+    }  # fmt: skip
+    example = Worker(tmp_path, "-c", "1", "-n", "example@%h", app="examples.resident_chain.tasks", env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.resident_chain.compare", "1", "2"],
+        env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if "over Redis" in line]
+    stay, text = (float(line.partition(" ms")[2].split()[0]) for line in lines)
+    assert stay < 0.2 and text > 9, done.stdout + done.stderr
+    assert len({line.rpartition("mean")[2] for line in lines}) == 1, "both compute the same"
+    assert example.stop() == 0, example.output[-3000:]

@@ -12,7 +12,8 @@ from actors.arrays import ArrayRef, ArraySpec, Unopened
 from actors.contract import Failed, FailureKind, Succeeded
 from actors.handles import DeviceArray
 from bridge import Gpu, errors, handles
-from bridge.handles import Errands, Plan, handles_in, handles_of, may_stay, plan
+from bridge.errands import Errands
+from bridge.handles import Plan, handles_in, handles_of, may_stay, plan
 from bridge.link import Run
 from bridge.marks import find_marks
 from bridge.orders import TaskWaiting
@@ -170,7 +171,7 @@ def errands(told):
 
 def test_an_errand_waits_for_its_actor_and_answers_once(errands, told):
     answers = []
-    errands.fetch(handle("ab", 5), answers.append)
+    errands.fetch([handle("ab", 5)], lambda *answer: answers.append(answer))
     (waiting,) = told
     assert waiting == TaskWaiting(waiting.token, "bridge.data.export", actor=5)
     args, _, _ = pickle.loads(errands.call(waiting.token).payload)
@@ -178,13 +179,13 @@ def test_an_errand_waits_for_its_actor_and_answers_once(errands, told):
     errands.wait(waiting.token)
     assert told == [waiting, waiting]
     errands.take(Succeeded(waiting.token, pickle.dumps(REF.model_dump(mode="json")), 0.1, 1))
-    assert answers == [REF] and waiting.token not in errands
+    assert answers == [({"ab": REF}, None)] and waiting.token not in errands
 
 
 def test_an_errand_that_fails_says_why(errands, told):
     answers = []
     for _ in range(3):
-        errands.fetch(handle(), answers.append)
+        errands.fetch([handle()], lambda _, error: answers.append(error))
     a, b, c = (each.token for each in told)
     full = pickle.dumps(errors.StoreUnavailable("full"))
     errands.take(Failed(a, FailureKind.RAISED, "StoreUnavailable", "full", exception=full))
@@ -192,6 +193,17 @@ def test_an_errand_that_fails_says_why(errands, told):
     errands.lose(c, "its actor takes no calls")
     assert [type(each).__name__ for each in answers] == ["StoreUnavailable", "HandleLost", "HandleLost"]
     assert "signal 9" in str(answers[1]) and "takes no calls" in str(answers[2])
+
+
+def test_several_are_answered_together_and_one_error_is_told(errands, told):
+    answers = []
+    errands.fetch([handle("ab", 1), handle("cd", 2), handle("ab", 1)], lambda *answer: answers.append(answer))
+    first, second = (each.token for each in told)
+    errands.lose(second, "away")
+    assert answers == []
+    errands.take(Succeeded(first, pickle.dumps(REF.model_dump(mode="json")), 0.1, 1))
+    ((refs, error),) = answers
+    assert refs == {"ab": REF} and "away" in str(error)
 
 
 def test_deletions_go_to_each_actor(errands, told):
