@@ -14,6 +14,9 @@ app = Celery("resident_chain", broker=URL, backend=os.environ.get("CELERY_RESULT
 app.conf.update(task_acks_late=True, task_default_queue="resident_chain", broker_connection_retry_on_startup=True)
 
 
+Signal = Array["float64", "*"]
+
+
 def measure(count):
     """Something to work on, made where it is needed."""
     xp = array_module()
@@ -37,17 +40,17 @@ def measured(count: int) -> object:
 
 
 @app.task(gpu=Gpu(result="device"))
-def smoothed(signal: Array["float64", "*"]) -> object:  # noqa: F821 - a dtype, no name
+def smoothed(signal: Signal) -> object:
     return smooth(signal)
 
 
 @app.task(gpu=Gpu(result="device"))
-def scaled(signal: Array["float64", "*"]) -> object:  # noqa: F821
+def scaled(signal: Signal) -> object:
     return scale(signal)
 
 
 @app.task(gpu=True)
-def mean(signal: Array["float64", "*"]) -> float:  # noqa: F821
+def mean(signal: Signal) -> float:
     return float(signal.mean())
 
 
