@@ -6,8 +6,8 @@ it is dropped. After its time to live it goes in any case. An interrupt never st
 (`actors/interrupt.py`).
 """
 
+import heapq
 import logging
-import math
 import secrets
 import threading
 import time
@@ -23,6 +23,8 @@ from actors.sizes import array_bytes, readable
 
 #: Reasons kept of results that are gone, at most; older ones are lost for an unknown reason.
 MOST_REASONS = 4096
+#: Results on the device, and in the host's memory, at most, however small: each costs some hundred bytes to look after.
+MOST_ARRAYS = 100_000
 #: CuPy's pool gives memory out in multiples of this, in bytes.
 _POOL_BYTES = 512
 
@@ -39,11 +41,30 @@ class _Kept(NamedTuple):
     array: Any
     size_bytes: int  # of the buffer it keeps alive
     expires_at: float  # as `time.monotonic`
-    on_device: bool
+
+
+class _Place:
+    """Results in one kind of memory, the least recently used first."""
+
+    def __init__(self) -> None:
+        self.held: OrderedDict[str, _Kept] = OrderedDict()
+        self.size_bytes = 0
+
+    def add(self, name: str, kept: _Kept) -> None:
+        self.held[name] = kept
+        self.size_bytes += kept.size_bytes
+
+    def take(self, name: str) -> _Kept | None:
+        kept = self.held.pop(name, None)
+        self.size_bytes -= kept.size_bytes if kept else 0
+        return kept
+
+    def oldest(self, keep: Collection[str] = ()) -> str | None:
+        return next((name for name in self.held if name not in keep), None)
 
 
 class DeviceResults:
-    """Results of this process, the least recently used first; thread-safe, for a body may have threads of its own."""
+    """Results of this process; thread-safe, for a body may have threads of its own."""
 
     def __init__(self) -> None:
         self.executor = secrets.token_hex(8)  # names this process in handles; another one has none of its results
@@ -51,7 +72,8 @@ class DeviceResults:
         self.host_limit_bytes: int | None = None
         self.changes = 0  # so many times something has come, gone or moved
         self._lock = threading.RLock()  # re-entrant: a value's destructor may run in the middle
-        self._held: OrderedDict[str, _Kept] = OrderedDict()
+        self._device, self._host = _Place(), _Place()
+        self._ends: list[tuple[float, str]] = []  # a heap of when each expires; also of those that are gone by now
         self._touched: set[str] = set()
         self._why_gone: OrderedDict[str, str] = OrderedDict()
 
@@ -62,9 +84,13 @@ class DeviceResults:
         """
         if array_bytes(array) > 2 * max(int(array.nbytes), _POOL_BYTES):
             array = array.copy()
-        name = secrets.token_hex(16)
+        name, kept = secrets.token_hex(16), _Kept(array, _taken(array), time.monotonic() + keep_s)
         with self._lock:
-            self._held[name] = _Kept(array, _taken(array), time.monotonic() + keep_s, on_device=True)
+            self._device.add(name, kept)
+            heapq.heappush(self._ends, (kept.expires_at, name))
+            if len(self._ends) > 4 * MOST_ARRAYS:
+                held = [*self._device.held.items(), *self._host.held.items()]
+                self._ends = sorted((each.expires_at, which) for which, each in held)
             self.changes += 1
         self._keep_budgets()
         return name
@@ -83,15 +109,18 @@ class DeviceResults:
             raise lost("the process that held it (its executor) has ended, or belongs to another app")
         self.expire()
         with self._lock:
-            kept = self._held.get(name)
+            kept = self._device.held.get(name)
+            if kept is not None:
+                self._device.held.move_to_end(name)
+                self._touched.add(name)
+                return kept.array
+            kept = self._host.held.get(name)
             if kept is None:
                 raise lost(self._why_gone.get(name, "nobody knows it here any more"))
-            self._held.move_to_end(name)
-            self._touched.add(name)
-            if kept.on_device:
-                return kept.array
             array = current_device().to_device(kept.array)
-            self._held[name] = _Kept(array, _taken(array), kept.expires_at, on_device=True)
+            self._host.take(name)
+            self._device.add(name, _Kept(array, _taken(array), kept.expires_at))
+            self._touched.add(name)
             self.changes += 1
         self._keep_budgets({name})
         return array
@@ -99,34 +128,34 @@ class DeviceResults:
     def drop(self, names: Collection[str], why: str = DELETED) -> None:
         """Forget some; who has an array in hand keeps it."""
         with self._lock:
-            gone = [(name, self._held.pop(name)) for name in names if name in self._held]
-            self.changes += len(gone)
-            for name, _ in gone:
-                self._why_gone[name] = why
+            on_device = {name: kept for name in names if (kept := self._device.take(name)) is not None}
+            on_host = {name: kept for name in names if (kept := self._host.take(name)) is not None}
+            self.changes += len(on_device) + len(on_host)
+            self._why_gone |= dict.fromkeys([*on_device, *on_host], why)
             while len(self._why_gone) > MOST_REASONS:
                 self._why_gone.popitem(last=False)
-        if any(kept.on_device for _, kept in gone):
+        if on_device:
             current_device().synchronize_all()  # what runs on any stream may still read it
 
     def tidy(self) -> None:
         """Between bodies: what has outlived its time goes, and budgets hold again."""
-        if self._held:
+        if self._ends:
             self.expire()
             self._keep_budgets()
 
     def expire(self) -> None:
         """Forget what has outlived its time."""
-        now = time.monotonic()
+        now, over = time.monotonic(), []
         with self._lock:
-            over = [name for name, kept in self._held.items() if kept.expires_at <= now]
+            while self._ends and self._ends[0][0] <= now:
+                over.append(heapq.heappop(self._ends)[1])
         if over:
             self.drop(over, EXPIRED)
 
     def expires_in_s(self) -> float | None:
         """Seconds until `expire` has something to do; None while nothing is held."""
         with self._lock:
-            soonest = min((kept.expires_at for kept in self._held.values()), default=math.inf)
-        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+            return max(0.0, self._ends[0][0] - time.monotonic()) if self._ends else None
 
     def spill(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Memory is short: results move to the host until `enough`, none that running bodies have used."""
@@ -137,19 +166,18 @@ class DeviceResults:
     def spillable_bytes(self) -> int:
         """What `spill` could free on the device."""
         with self._lock:
-            unused = (kept for name, kept in self._held.items() if kept.on_device and name not in self._touched)
-            return sum(kept.size_bytes for kept in unused)
+            used = (kept for name in self._touched if (kept := self._device.held.get(name)) is not None)
+            return self._device.size_bytes - sum(kept.size_bytes for kept in used)
 
     def holdings(self) -> Holdings:
         """What is held now."""
         with self._lock:
-            on_device = sum(kept.size_bytes for kept in self._held.values() if kept.on_device)
-            on_host = sum(kept.size_bytes for kept in self._held.values() if not kept.on_device)
-            return Holdings(len(self._held), on_device, on_host)
+            arrays = len(self._device.held) + len(self._host.held)
+            return Holdings(arrays, self._device.size_bytes, self._host.size_bytes)
 
     def device_bytes(self) -> int:
         """What results take on the device."""
-        return self.holdings().device_bytes if self._held else 0
+        return self._device.size_bytes
 
     def forget_touched(self) -> None:
         """A new run of bodies starts."""
@@ -159,22 +187,29 @@ class DeviceResults:
 
     def _keep_budgets(self, keep: Collection[str] = ()) -> None:
         """The least recently used go: from the device while there is too much, then from the host."""
-        while _exceeds(self.holdings().device_bytes, self.device_limit_bytes) and self._spill_oldest(keep):
+        while _exceeds(self._device.size_bytes, self.device_limit_bytes) and self._spill_oldest(keep):
             pass
-        while _exceeds(self.holdings().host_bytes, self.host_limit_bytes) and (name := self._oldest(on_device=False)):
+        while self._is_host_full() and (name := self._host.oldest()) is not None:
+            self.drop([name], DROPPED)
+        while len(self._device.held) > MOST_ARRAYS and (name := self._device.oldest(keep)) is not None:
             self.drop([name], DROPPED)
 
+    def _is_host_full(self) -> bool:
+        return _exceeds(self._host.size_bytes, self.host_limit_bytes) or len(self._host.held) > MOST_ARRAYS
+
     def _spill_oldest(self, keep: Collection[str]) -> bool:
-        name = self._oldest(on_device=True, keep=keep)
+        with self._lock:
+            name = self._device.oldest(keep)
         if name is None:
             return False
         device = current_device()
         device.synchronize_all()  # what runs on any stream may still write or read it
         with self._lock:  # it may go meanwhile, for its time is over
-            kept = self._held.get(name)
+            kept = self._device.held.get(name)
             array = None if kept is None else self._on_host(device, kept.array)
             if kept is not None and array is not None:
-                self._held[name] = kept._replace(array=array, size_bytes=array_bytes(array), on_device=False)
+                self._device.take(name)
+                self._host.add(name, _Kept(array, array_bytes(array), kept.expires_at))
                 self.changes += 1
                 logger.info("a result of %s moves to the host's memory, to make room", readable(kept.size_bytes))
         if array is None:
@@ -191,11 +226,6 @@ class DeviceResults:
             if not device.is_out_of_memory(error):
                 raise
             return None
-
-    def _oldest(self, on_device: bool, keep: Collection[str] = ()) -> str | None:
-        with self._lock:
-            found = (name for name, kept in self._held.items() if kept.on_device is on_device and name not in keep)
-            return next(found, None)
 
 
 def lost(why: str) -> HandleLost:

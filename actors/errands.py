@@ -16,7 +16,7 @@ def add_errands(app: Any) -> None:
     """Give an app these tasks, unless it has them; in its workers and executors alike."""
     for name, body in ((EXPORT, export), (DELETE, delete)):
         if name not in app.tasks:
-            app.task(body, name=name, gpu=True, acks_late=True, ignore_result=False)
+            app.task(body, name=name, gpu=True, acks_late=True, ignore_result=False, shared=False)
 
 
 def export(array: Array, inline_bytes: int = 0) -> dict[str, Any]:

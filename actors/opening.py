@@ -33,6 +33,7 @@ class Opener:
         self._device = device
         self._actor = config.actor
         self._keep_s = config.keep_s
+        self._copy_keep_s = max(config.keep_s, config.stores.keep_s)
         self._kept: list[str] = []  # ids of what stays of the last value
 
     def opening(self, task: Any, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +140,7 @@ class Opener:
 
         def keep(array: Any) -> DeviceArray:
             array = self._device.to_device(array)
-            copy = self._stored(array) if with_copy else None
+            copy = self.stores.put(self._device.to_host(array), self._copy_keep_s) if with_copy else None
             name = results.put(array, self._keep_s)
             self._kept.append(name)
             return DeviceArray(

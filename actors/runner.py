@@ -32,6 +32,7 @@ from actors.contract import (
 )
 from actors.device_api import Device, Stream
 from actors.errors import DataError
+from actors.exceptions import clear_frames
 from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
@@ -296,7 +297,7 @@ class Runner:
         """Whether an error means too little memory; unused memory is given back then. A broken device ends us."""
         if not self._device.is_healthy(error):
             self._end_broken(error)
-        _clear_frames(error)
+        clear_frames(error)
         if not self._device.is_out_of_memory(error):
             return False
         self._device.free()
@@ -390,16 +391,6 @@ def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:
     """Of the same name, and with the same limits on streams, where each body's time counts from its own start."""
     same_limits = task.soft_limit_s == first.soft_limit_s and task.hard_limit_s == first.hard_limit_s
     return task.name == first.name and (loaded.batch is not None or same_limits)
-
-
-def _clear_frames(error: BaseException) -> None:
-    """Let go of the arrays of the frames an error has come through; their lines stay, for the traceback."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and all(cause is not each for each in seen):
-        traceback.clear_frames(cause.__traceback__)
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
 
 
 def _exit_code(error: BaseException | None) -> int:

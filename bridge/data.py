@@ -135,8 +135,13 @@ def _of_device(stores: Stores, handle: DeviceArray) -> "numpy.ndarray[Any, Any]"
 
 
 def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options: Any) -> Any:
+    """Send a task of ours to where the task came from that made an array."""
     exchange, routing_key = handle.route
-    return stores.app.send_task(task, args, exchange=exchange, routing_key=routing_key, **options)
+    if exchange:
+        options |= {"exchange": exchange, "routing_key": routing_key}
+    elif routing_key:  # the default exchange: a queue's name. Celery would take the app's default queue instead
+        options["queue"] = routing_key
+    return stores.app.send_task(task, args, **options)
 
 
 # ---- in messages and results

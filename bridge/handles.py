@@ -24,7 +24,7 @@ HOLDER_WAIT_S = 10.0
 #: Objects of a message looked at for handles, at most.
 MOST_OBJECTS = 1_000_000
 #: Words that every message with a handle has, in whatever serialisation.
-_WORDS = (b"device", b"executor")
+_WORDS = ("device", "executor")
 
 
 class Plan(NamedTuple):
@@ -50,14 +50,14 @@ def handles_of(run: Run, accept: Any) -> list[DeviceArray]:
     """The handles among a message's arguments; a message without any costs a look for two words."""
     body = run.body
     if isinstance(body, str | bytes):
-        text = body.encode() if isinstance(body, str) else body
-        if not all(word in text for word in _WORDS):
+        found = (word in body if isinstance(body, str) else word.encode() in body for word in _WORDS)
+        if not all(found):
             return []
         try:
             body = loads(body, run.content_type, run.content_encoding, accept=accept)
         except Exception:
             return []  # the tracer meets it again, and says so
-    return handles_in(body[:2])
+    return handles_in(body[:2] if isinstance(body, list | tuple) else body)
 
 
 def handles_in(value: Any) -> list[DeviceArray]:

@@ -6,11 +6,11 @@ at start, not when the task runs. Imports neither ray nor cupy: producers import
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from celery import signals
 from celery.utils.log import get_logger
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from actors.batching import Batch, batch_of
 from actors.bodies import innermost
@@ -66,6 +66,12 @@ class Gpu(BaseModel):
         default=None,
         description="positional arguments for one real run at warm-up, so that kernels are compiled before work",
     )
+
+    @model_validator(mode="after")
+    def _copies_are_of_what_stays(self) -> Self:
+        if self.keep_copy and self.result != "device":
+            raise ValueError("keep_copy=True means something with result='device' only")
+        return self
 
     def needs(self) -> str:
         """What it asks of a GPU, in words."""

@@ -1,5 +1,6 @@
 """Arrays that stay on the device between tasks: one worker, two logical GPUs, and the example on a third."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import sys
 
 import numpy
 import pytest
-from celery import chord
+from celery import Celery, chord
 from celery.exceptions import TaskRevokedError
 
 from bridge import data, errors
@@ -143,6 +144,19 @@ def test_the_producer_gets_a_handle_that_is_good_for_the_value(s, redis_server, 
     assert (large.get() == numpy.ones(COUNT)).all()
     assert set(redis_server.client.keys()) <= before, "neither the array nor the result of what fetched it stays"
     assert data.get(large.model_dump(mode="json")).sum() == COUNT, "as a producer of another language has it"
+
+
+def test_whoever_asks_need_not_know_the_queue(s, redis_server, app):
+    handle = s.ones(30).delay().get(**GET)
+    other = Celery("other", broker=redis_server.url, backend=redis_server.url, set_as_current=False)
+    other.set_current()
+    try:
+        assert data.get(handle).sum() == 30
+        assert asyncio.run(data.aget(handle)).sum() == 30
+    finally:
+        app.set_current()
+        other.backend.result_consumer.stop()
+        other.close()
 
 
 def test_a_cpu_task_gets_the_value(s, redis_server):

@@ -96,7 +96,7 @@ def test_the_least_recently_used_moves_to_the_host_and_back(results, gpu):
     assert is_on_device(again) and float(again[0]) == 2.0
     assert results.holdings() == Holdings(3, 2 * KIB, KIB)
     assert is_on_device(results.get(c, results.executor)), "a was used longest ago"
-    assert not is_on_device(results._held[a].array)
+    assert list(results._host.held) == [a]
 
 
 def test_one_that_is_larger_than_the_budget_waits_on_the_host(results, gpu):
@@ -116,6 +116,16 @@ def test_beyond_the_hosts_budget_the_oldest_is_dropped_and_says_so(results, gpu)
     assert results.holdings() == Holdings(3, KIB, 2 * KIB)
     assert "dropped to make room (BRIDGE_DEVICE_RESULTS_LIMIT" in why_lost(results, names[0])
     assert [float(results.get(name, results.executor)[0]) for name in names[1:]] == [1, 2, 3]
+
+
+def test_a_bound_on_their_number_holds_too(results, gpu, monkeypatch):
+    monkeypatch.setattr(device_results, "MOST_ARRAYS", 3)
+    names = [results.put(made(gpu), 60) for _ in range(5)]
+    assert results.holdings().arrays == 3
+    assert "dropped to make room" in why_lost(results, names[1])
+    for _ in range(20):
+        results.put(made(gpu), 60)
+    assert len(results._ends) <= 12
 
 
 def test_expired_ones_go_and_say_so(results, gpu, clock):
