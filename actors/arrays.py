@@ -167,6 +167,23 @@ def read_npy(data: Any) -> "numpy.ndarray[Any, Any]":
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
 
 
+def assembled(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "numpy.ndarray[Any, Any]":
+    """An array from its bytes, which come in pieces; in the byte order of `dtype`.
+
+    Raises:
+        ValueError: more bytes than the array has. Fewer are not noticed: who sends them counts.
+    """
+    target = numpy.empty(shape, dtype)
+    flat, start = target.reshape(-1).view(numpy.uint8) if target.size else numpy.empty(0, numpy.uint8), 0
+    for piece in pieces:
+        end = start + len(piece)
+        if end > flat.size:
+            raise ValueError(f"{dtype} of shape {_shown(shape)} has {flat.size} bytes, and more came")
+        flat[start:end] = numpy.frombuffer(piece, numpy.uint8)
+        start = end
+    return target
+
+
 # ---- what a task takes
 
 

@@ -68,7 +68,7 @@ def decoded(file: bytes, most_pixels: int, formats: tuple[str, ...] = ("PNG", "J
     """
     try:
         from PIL import Image as pillow
-        from PIL import ImageOps
+        from PIL import ImageOps, UnidentifiedImageError
     except ImportError:
         raise RuntimeError("pictures need Pillow where they are opened: pip install 'pillow>=11'") from None
 
@@ -81,7 +81,9 @@ def decoded(file: bytes, most_pixels: int, formats: tuple[str, ...] = ("PNG", "J
         raise
     except pillow.DecompressionBombError as error:
         raise ValueError(f"the picture is too large to decode, at most {most_pixels} pixels: {error}") from error
-    except Exception as error:  # Pillow raises a dozen types for a broken header
+    except UnidentifiedImageError:
+        raise ValueError("the picture cannot be read: its header is broken") from None
+    except Exception as error:  # Pillow raises a dozen other types for one
         raise ValueError(f"the picture cannot be read: {error}") from error
     width, height = picture.size
     if width * height > most_pixels:

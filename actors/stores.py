@@ -22,7 +22,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from actors.arrays import ArrayRef
+from actors.arrays import ArrayRef, assembled
 from actors.blobs import BlobRef
 from actors.contract import StoreConfig
 from actors.errors import DataCorrupt, DataError, DataLost, DataRefused, StoreUnavailable
@@ -264,12 +264,7 @@ class Stores:
         pieces = self.pieces(ref, most_bytes)
         if isinstance(ref, BlobRef):
             return b"".join(pieces)
-        target = numpy.empty(ref.shape, ref.dtype)
-        flat, start = target.reshape(-1).view(numpy.uint8) if target.size else target, 0
-        for piece in pieces:
-            flat[start : start + len(piece)] = numpy.frombuffer(piece, numpy.uint8)
-            start += len(piece)
-        return target
+        return assembled(pieces, ref.shape, ref.dtype)
 
     def delete(self, ref: Ref) -> None:
         """Forget what a reference points to; nothing happens if it is gone.

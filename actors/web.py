@@ -42,12 +42,12 @@ def fetch(place: str, most_bytes: int, timeout_s: float) -> Iterator[bytes]:
     with closing(connection):
         try:
             connection.connect()
-            connection.sock = patient = _Patient(connection.sock, timeout_s)
-            connection.request("GET", quote(parts.path))
-            response = connection.getresponse()
-            with closing(response):
-                _check_status(place, response.status)
-                yield from _pieces(place, response, most_bytes, patient)
+            with closing(connection.sock) as sock:
+                connection.sock = patient = _Patient(sock, timeout_s)
+                connection.request("GET", quote(parts.path))
+                with closing(connection.getresponse()) as response:
+                    _check_status(place, response.status)
+                    yield from _pieces(place, response, most_bytes, patient)
         except http.client.IncompleteRead as error:
             raise DataCorrupt(f"{place} was cut off by its server") from error
         except (OSError, http.client.HTTPException) as error:
@@ -101,7 +101,7 @@ class _Patient:
         return io.BufferedReader(_Raw(self))
 
     def close(self) -> None:
-        self._sock.close()
+        """Nothing: `http.client` is done with it before the answer is read; `fetch` closes the socket."""
 
     def receive(self, buffer: Any) -> int:
         left_s = self._ends - time.monotonic()
