@@ -6,14 +6,12 @@ its own configuration. What is written in Redis expires; so does nothing in a fi
 """
 
 import importlib
-import os
 import posixpath
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import numpy
 import redis
@@ -26,6 +24,7 @@ from actors.arrays import ArrayRef, assembled
 from actors.blobs import BlobRef
 from actors.contract import StoreConfig
 from actors.errors import DataCorrupt, DataError, DataLost, DataRefused, StoreUnavailable
+from actors.roots import allowed_place, is_redis
 from actors.shared_redis import shared_redis
 from actors.sizes import readable
 from actors.web import fetch
@@ -184,35 +183,6 @@ class RootedStore:
             raise
         except Exception as error:
             raise StoreUnavailable(f"{url} cannot be opened: {_text(error)}") from error
-
-
-def is_redis(url: str) -> bool:
-    """Whether BRIDGE_DATA_URL names a Redis."""
-    return url.startswith(("redis://", "rediss://", "unix://"))
-
-
-def allowed_place(url: str, roots: list[str]) -> str:
-    """The URL in plain form, when it lies below one of `roots`, each ending in a slash.
-
-    Raises:
-        DataRefused: it does not. What ``..``, ``%2e``, ``//`` or a link would make of it counts, not how it is written.
-            The text names no root and no other place: whoever sends tasks reads it.
-    """
-    refused = DataRefused(f"{url[:200]!r} is not below an allowed root: BRIDGE_DATA_ROOTS lists them")
-    if not url.isprintable() or any(odd in url for odd in ("%", "\\", "?", "#", "::")):
-        raise refused
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise refused from None
-    plain = posixpath.normpath(parts.path)
-    if parts.scheme == "file":
-        plain = os.path.realpath(parts.path)
-        roots = [f"file://{os.path.realpath(urlsplit(root).path)}/" for root in roots if root.startswith("file:")]
-    place = f"{parts.scheme}://{parts.netloc}{plain}"
-    if "@" in parts.netloc or not any(place.startswith(root) for root in roots):
-        raise refused
-    return place
 
 
 class Stores:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from actors.contract import StoreConfig
+from actors.roots import is_redis
 from bridge.errors import ConfigurationInvalid
 
 
@@ -168,6 +169,20 @@ class Settings(BaseSettings):
             _place(address)
         return address
 
+    @field_validator("data_url")
+    @classmethod
+    def _is_a_store(cls, url: str | None) -> str | None:
+        if url is None or is_redis(url):
+            return url
+        if url.startswith(("http://", "https://")):
+            raise ValueError("web servers are only read from; write redis://... or a root such as s3://bucket/prefix")
+        return _root(url)
+
+    @field_validator("data_roots")
+    @classmethod
+    def _are_roots(cls, roots: list[str]) -> list[str]:
+        return [_root(root) for root in roots]
+
     @property
     def health_place(self) -> tuple[str, int] | None:
         """Host and port of `health_address`."""
@@ -189,6 +204,13 @@ class Settings(BaseSettings):
         if self.min_actors is not None and self.max_actors is not None and self.min_actors > self.max_actors:
             raise ValueError("BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS")
         return self
+
+
+def _root(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    if scheme in ("", "local") or not rest.strip("/") or any(odd in url for odd in ("%", "?", "#", "@", "::", "\\")):
+        raise ValueError("write a root such as s3://bucket/prefix, file:///mnt/shared or https://host/path")
+    return url
 
 
 def _place(address: str) -> tuple[str, int]:

@@ -103,6 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
         while not self.server.over.wait(0.02):
             self.wfile.write(b"1")
 
+    def streams(self):  # endless, and no piece of it is late
+        self.begin(200)
+        while not self.server.over.wait(0.05):
+            self.wfile.write(bytes(65536))
+
     def drips_headers(self):
         self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
         while not self.server.over.wait(0.02):
