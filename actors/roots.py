@@ -33,6 +33,6 @@ def allowed_place(url: str, roots: list[str]) -> str:
         plain = os.path.realpath(parts.path)
         roots = [f"file://{os.path.realpath(urlsplit(root).path)}/" for root in roots if root.startswith("file:")]
     place = f"{parts.scheme}://{parts.netloc}{plain}"
-    if "@" in parts.netloc or not any(place.startswith(root) for root in roots):
+    if not any(place.startswith(root) for root in roots):
         raise refused
     return place

@@ -122,20 +122,22 @@ class Settings(BaseSettings):
     # large data (bridge/data.py)
     data_url: str | None = Field(
         None,
-        description="where arrays by reference are put: redis://..., or a root that fsspec opens, such as "
+        description="where arrays and files by reference are put: redis://..., or a root that fsspec opens, such as "
         "s3://bucket/prefix or file:///mnt/shared; default: the Redis of the result backend, else of the broker",
     )
     data_roots: list[str] = Field(
         [],
         description="JSON list of roots below which references to files and URLs are read, such as "
-        "https://images.example.com/public/; all others are refused",
+        "https://images.example.com/public/; all others are refused, nothing below them is written or deleted",
     )
     data_keep_s: float = Field(3600.0, gt=0, description="data in Redis expire after this")
     data_inline_bytes: int = Field(
         65_536, ge=0, description="arrays given to delay() travel in the message up to this size, by reference above"
     )
-    data_limit_bytes: int = Field(1 << 34, ge=1, description="one array by reference, at most")
-    data_timeout_s: float = Field(10.0, gt=0, description="Redis has this long for one read or write of large data")
+    data_limit_bytes: int = Field(1 << 34, ge=1, description="one array or file by reference, at most")
+    data_timeout_s: float = Field(
+        10.0, gt=0, description="Redis or a web server has this long for one answer with large data"
+    )
 
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")

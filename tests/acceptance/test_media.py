@@ -245,6 +245,24 @@ def test_chains_hand_references_on(app):
     assert s["on_cpu"](ref).apply_async().get(**GET) == ["bytes", len(PDF)]
 
 
+def test_a_producer_may_put_into_a_shared_folder(send, folder, monkeypatch):
+    monkeypatch.setenv("BRIDGE_DATA_URL", f"file://{folder}/put")
+    settings.cache_clear()
+    data._stores_of.cache_clear()
+    try:
+        array, file = data.put(numpy.ones((2, 3))), data.put_bytes(PDF)
+        assert send("total", array).get(**GET) == 6 and send("read", file).get(**GET) == len(PDF)
+        for each in (array, file):
+            data.delete(each)
+        assert list((folder / "put").iterdir()) == []
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+        data._stores_of.cache_clear()
+    with pytest.raises(errors.DataLost, match="is not there"):
+        send("read", file).get(**GET)
+
+
 def test_files_meant_for_one_task_go_and_no_others(send, store, folder):
     before = set(store.client.keys())
     assert send("digest", data.put_bytes(PDF, once=True)).get(**GET)[1] == len(PDF)
