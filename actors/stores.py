@@ -28,7 +28,7 @@ from actors.shared_redis import shared_redis
 from actors.sizes import readable
 
 #: One value in Redis; a larger array is kept in several, for Redis serves nobody else while it sends one. redis-py's
-#: parser copies each four times in buffers of this size: with 4 MiB or several values at once reading costs twice the CPU.
+#: parser copies each four times in buffers of this size: with 4 MiB, or several values at once, reading costs twice.
 CHUNK_BYTES = 1 << 20
 #: Taken from Redis' socket at once, in bytes. With redis-py's own 64 KiB the parser gathers them in a buffer that grows
 #: with each, and reading 1 MiB costs five times the CPU.

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot
-from benchmarks.approaches import ROOT, Approach, bridge, prefork
+from benchmarks.approaches import ROOT, bridge, prefork
 from benchmarks.cpu import Kind, Watch
-from benchmarks.data_ways import MIB, Way, ways
-from benchmarks.lane import Lane, LaneFailed
+from benchmarks.data_ways import MIB, Way, floats, ways
+from benchmarks.lane import Lane, LaneFailed, Message
 from benchmarks.records import Record, noise, over, ratio, record_table, summary_of
 from benchmarks.report import QUIET_SHARE
 from benchmarks.run import Benchmark, Conclusion, Size, main
@@ -31,9 +31,10 @@ APPROACHES = (
 )
 WAYS = ways()
 COLUMNS = {
+    "throughput": "tasks/s",
+    "cpu_ms": "CPU ms/task",
     "p50_ms": "p50 ms",
-    "cpu_ms": "CPU ms",
-    "own_ms": "without Redis",
+    "alone_cpu_ms": "CPU ms, one at a time",
     "sender_ms": "producer's CPU ms",
     "redis_mib": "MiB through Redis",
 }
@@ -50,7 +51,7 @@ class Data(Benchmark):
     title = "Arrays of 1 and 16 MiB: in the message, beside it, on the device"
     approaches = APPROACHES
     sizes = {
-        "rounds": (5, 1, 5), "small_calls": (20, 2, 20), "large_calls": (6, 1, 10),
+        "rounds": (5, 1, 5), "small": (20, 2, 20), "large": (5, 0, 10),
         "producers": (64, 4, 64), "crowd_mib": (16, 1, 16),
     }  # fmt: skip
 
@@ -64,7 +65,7 @@ class Data(Benchmark):
     def conclude(self) -> Conclusion:
         """Each way's latency and CPU, then what targets make of them."""
         titles = {lane_of(way): f"{way.title}, {way.mib} MiB" for way in WAYS}
-        parts = [record_table(self.records, titles, COLUMNS, "one at a time")]
+        parts = [record_table(self.records, titles, COLUMNS, "an array and what it costs")]
         between = {"message_bytes": "message", "result_bytes": "result", "form_bytes": "the array in it"}
         chains = {lane_of(way): titles[lane_of(way)] for way in WAYS if "chain" in way.name}
         parts.append(record_table(self.records, chains, between, "bytes between two steps"))
@@ -83,7 +84,7 @@ class Data(Benchmark):
         ):
             found = [(way, over(self.records, lane_of(way), figure)) for way in WAYS if way.mib == mib]
             rows = [(way.title, value, plot.colour_of(way.name)) for way, value in found if value]
-            what = "p50, one at a time (ms)" if figure == "p50_ms" else "CPU per call, all processes (ms)"
+            what = "p50, one at a time (ms)" if figure == "p50_ms" else "CPU per task, all processes (ms)"
             plot.bars(axes, rows, f"{mib} MiB: {what}\nless is better")
         return made
 
@@ -108,14 +109,14 @@ class Data(Benchmark):
         return found
 
     def _one(self, number: int, running: Lane, size: Size) -> None:
-        running.caller.set_current()  # `data.put` asks the current app for its Redis
+        os.environ["BRIDGE_DATA_URL"] = running.addresses.data  # where `data.put` puts
         mine = {lane_of(way): way for way in WAYS if way.worker == running.approach.name}
         for lane in rotated(list(mine), number):
             way = mine[lane]
-            calls = int(size["small_calls" if way.mib == 1 else "large_calls"])
-            figures = measured(running, way, calls)
-            self._remember(lane, number, figures)
+            if tasks := int(size["small" if way.mib == 1 else "large"]):
+                self._remember(lane, number, measured(running, way, tasks))
             running.results.flushdb()
+            running.data.flushdb()
         if running.approach.name == "bridge":
             self._remember("crowd", number, crowd(running, int(size["producers"]), int(size["crowd_mib"])))
 
@@ -129,12 +130,18 @@ def lane_of(way: Way) -> str:
     return f"{way.name}-{way.mib}"
 
 
-def measured(running: Lane, way: Way, calls: int) -> dict[str, float]:
-    """One way, one call after the other, after one that is not counted."""
-    figures = {}
-    if len(way.tasks) > 1:
-        for name, value in zip(("message_bytes", "result_bytes", "form_bytes"), way.between(running), strict=True):
-            figures[name] = float(value)
+def measured(running: Lane, way: Way, tasks: int) -> dict[str, float]:
+    """One way: calls one after the other, after one that is not counted, and a backlog if it is of single tasks."""
+    figures = alone(running, way, tasks)
+    running.results.flushdb()
+    if len(way.tasks) == 1:
+        return figures | together(running, way, tasks)
+    sizes = way.between(running)
+    return figures | {"message_bytes": sizes.message, "result_bytes": sizes.result, "form_bytes": sizes.form}
+
+
+def alone(running: Lane, way: Way, calls: int) -> dict[str, float]:
+    """Calls one after the other."""
     way.call(running)
     running.await_acknowledged()
     watch, sender_s, bytes_before = Watch(running.family), time.process_time(), through_redis(running)
@@ -146,19 +153,28 @@ def measured(running: Lane, way: Way, calls: int) -> dict[str, float]:
     sender_s = time.process_time() - sender_s
     running.await_acknowledged()
     cpu_s, foreign = watch.end()
-    cpu_ms = 1000 * sum(cpu_s.values()) / calls
-    return (
-        figures
-        | {
-            "p50_ms": percentile(latencies_ms, 0.5),
-            "cpu_ms": cpu_ms,
-            "own_ms": cpu_ms - 1000 * cpu_s.get(Kind.REDIS, 0.0) / calls,
-            "sender_ms": 1000 * sender_s / calls,
-            "redis_mib": (through_redis(running) - bytes_before) / calls / MIB,
-            "foreign": foreign,
-        }
-        | {f"{kind.value}_cpu_ms": 1000 * value / calls for kind, value in cpu_s.items()}
-    )
+    figures = {f"alone_{kind.value}_ms": 1000 * value / calls for kind, value in cpu_s.items()}
+    return figures | {
+        "p50_ms": percentile(latencies_ms, 0.5),
+        "alone_cpu_ms": 1000 * sum(cpu_s.values()) / calls,
+        "sender_ms": 1000 * sender_s / calls,
+        "redis_mib": (through_redis(running) - bytes_before) / calls / MIB,
+        "foreign": foreign,
+    }
+
+
+def together(running: Lane, way: Way, tasks: int) -> dict[str, float]:
+    """A backlog; arrays have been put when its clock starts."""
+    running.stage([Message(way.tasks[0], (way.encode(floats(way.mib)),)) for _ in range(tasks)])
+    backlog = running.backlog(tasks)
+    for value in running.values():
+        way.check(value)
+    figures = {f"{kind.value}_ms": 1000 * value / tasks for kind, value in backlog.cpu_s.items()}
+    return figures | {
+        "throughput": tasks / backlog.seconds,
+        "cpu_ms": 1000 * sum(backlog.cpu_s.values()) / tasks,
+        "foreign_together": backlog.foreign_share,
+    }
 
 
 def through_redis(running: Lane) -> int:
@@ -174,15 +190,16 @@ def crowd(running: Lane, producers: int, mib: int) -> dict[str, float]:
     command = [
         sys.executable, "-m", "benchmarks.apps.data_producers", running.approach.name, str(producers), str(mib * MIB)
     ]  # fmt: skip
+    places = running.addresses
     address = {
-        "CELERY_BROKER_URL": running.caller.conf.broker_url,
-        "CELERY_RESULT_BACKEND": running.caller.conf.result_backend,
-    }
+        "CELERY_BROKER_URL": places.broker, "CELERY_RESULT_BACKEND": places.results, "BRIDGE_DATA_URL": places.data
+    }  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=os.environ | address, capture_output=True, text=True, timeout=CROWD_S)
     if done.returncode:
         raise LaneFailed(f"{done.returncode} of {producers} producers failed: {done.stderr[-2000:]}")
     running.await_acknowledged()
     running.results.flushdb()
+    running.data.flushdb()
     figures = {"s": float(done.stdout)}
     for pid, kind in watched:
         name = f"{kind.value}_mib"

@@ -15,7 +15,7 @@ from celery import chain
 from celery.result import AsyncResult
 
 from benchmarks.apps.bridge_data import RESULTS
-from benchmarks.lane import FIRST_RESULT_S, Lane
+from benchmarks.lane import FIRST_RESULT_S, Lane, LaneFailed
 from bridge import data
 
 MIB = 2**20
@@ -24,7 +24,13 @@ NOBODY = "data.nobody"
 #: Seconds that what is put for a chain stays in Redis, if nothing flushes it before.
 KEEP_S = 120.0
 
-Floats = "numpy.ndarray[Any, Any]"
+
+class Between(NamedTuple):
+    """Bytes in Redis between two steps of a chain."""
+
+    message: int
+    result: int
+    form: int  # of the array in either
 
 
 class Way(NamedTuple):
@@ -39,15 +45,17 @@ class Way(NamedTuple):
 
     def call(self, running: Lane) -> None:
         """Send, wait for the result, look at it."""
-        array = floats(self.mib)
-        found = self._sent(running, self.encode(array), running.approach.name).get(timeout=FIRST_RESULT_S)
-        expected = array.sum() * 2 ** (len(self.tasks) - 1)
-        if abs(found - expected) > 1e-9 * expected:
-            raise ValueError(f"{self.name}: the sum is {found}, not {expected}")
+        argument = self.encode(floats(self.mib))
+        self.check(self._sent(running, argument, running.approach.name).get(timeout=FIRST_RESULT_S))
 
-    def between(self, running: Lane) -> tuple[int, int, int]:
-        """What the first step of a chain leaves in Redis for the second: bytes of the message, of the result, and of
-        the array's form in it."""
+    def check(self, found: float) -> None:
+        """Raise where this is not the result."""
+        expected = floats(self.mib).sum() * 2 ** (len(self.tasks) - 1)
+        if abs(found - expected) > 1e-9 * expected:
+            raise LaneFailed(f"{self.name}: the sum is {found}, not {expected}")
+
+    def between(self, running: Lane) -> Between:
+        """What the first step of a chain leaves in Redis for the second."""
         caller = running.caller
         first = caller.signature(self.tasks[0], (self.encode(floats(self.mib)),), queue=running.approach.name)
         second = caller.signature(self.tasks[1], queue=NOBODY)
@@ -57,7 +65,7 @@ class Way(NamedTuple):
         message = running.broker.lpop(NOBODY)
         stored = running.results.get(f"celery-task-meta-{result.id}")
         body = json.loads(base64.b64decode(json.loads(message)["body"]))
-        return len(message), len(stored), len(json.dumps(body[0][0]))
+        return Between(len(message), len(stored), len(json.dumps(body[0][0])))
 
     def _sent(self, running: Lane, argument: Any, queue: str) -> AsyncResult:
         caller = running.caller

@@ -1,4 +1,4 @@
-"""Plain Celery on arrays: what people write when they have large ones, base64 of the bytes, and what most have, lists."""
+"""Plain Celery on arrays: as JSON lists, and as base64 of the bytes, which people write when lists are too slow."""
 
 import base64
 
