@@ -13,13 +13,14 @@ import numpy
 from pydantic import BaseModel
 
 from actors import device_results
-from actors.arrays import ArrayRef, Unopened
+from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import Config
 from actors.device import is_device_array
 from actors.device_api import Device
 from actors.errors import DataError, HandleLost, PayloadInvalid, problem
 from actors.handles import DeviceArray
 from actors.stores import Stores
+from actors.unopened import Unopened
 
 if TYPE_CHECKING:
     from actors.release import LoadedTask
@@ -89,15 +90,13 @@ class Opener:
 
     def _open(self, unopened: Unopened) -> Any:
         source = unopened.source
-        if isinstance(source, DeviceArray):
-            array = self._held(source)
-        elif isinstance(source, ArrayRef):
-            array = self._fetched(source)
-        else:
+        spec = unopened.spec
+        if not isinstance(spec, ArraySpec) or not isinstance(source, ArrayRef | DeviceArray):
             return unopened.open()
-        if unopened.spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
+        array = self._held(source) if isinstance(source, DeviceArray) else self._fetched(source)
+        if spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
             raise ValueError("expected finite numbers, found NaN or an infinity")
-        return unopened.cast(array)
+        return spec.cast(array)
 
     def _fetched(self, ref: ArrayRef) -> Any:
         return self._device.receive(self.stores.pieces(ref), ref.shape, ref.dtype)
@@ -122,12 +121,12 @@ class Opener:
         return value if task.result == "value" else self.stored(value)
 
     def stored(self, value: Any) -> Any:
-        """`value` with a reference in the place of each array, also inside lists, tuples and dicts.
+        """`value` with a reference in the place of each array and of bytes, also inside lists, tuples and dicts.
 
         Raises:
             DataRefused, StoreUnavailable: as their docstrings say.
         """
-        return _with_arrays(value, self._stored)
+        return _replaced(value, lambda array: self.stores.put(self._device.to_host(array)), self.stores.put_bytes)
 
     def kept(self, value: Any, with_copy: bool, route: tuple[str, str]) -> Any:
         """`value` with a handle in the place of each array, all of which stay on the device; `route` leads back here.
@@ -148,25 +147,24 @@ class Opener:
                 size_bytes=array.nbytes, expires_at=time.time() + self._keep_s, kept=copy, route=route,
             )  # fmt: skip
 
-        return _with_arrays(value, keep)
+        return _replaced(value, keep, bytes)
 
     def undo(self) -> None:
         """The last value cannot be sent: nothing of it stays."""
         device_results.shared.drop(self._kept)
         self._kept.clear()
 
-    def _stored(self, array: Any) -> ArrayRef:
-        return self.stores.put(self._device.to_host(array))
 
-
-def _with_arrays(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """`value` with something else in the place of each array, also inside lists, tuples and dicts."""
+def _replaced(value: Any, of_array: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
+    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts."""
     if is_device_array(value) or isinstance(value, numpy.ndarray):
-        return convert(value)
+        return of_array(value)
+    if isinstance(value, bytes):
+        return of_bytes(value)
     if isinstance(value, list | tuple):
-        return type(value)([_with_arrays(each, convert) for each in value])
+        return type(value)([_replaced(each, of_array, of_bytes) for each in value])
     if isinstance(value, dict):
-        return {key: _with_arrays(each, convert) for key, each in value.items()}
+        return {key: _replaced(each, of_array, of_bytes) for key, each in value.items()}
     return value
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import arrays, device_results, outcomes, residents
+from actors import arrays, device_results, outcomes, residents, unopened
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -382,9 +382,9 @@ class _Result(NamedTuple):
 
 
 def _unpickled(task: TaskCall) -> _Item:
-    arrays.forget_found()
+    unopened.forget_found()
     args, kwargs, context = pickle.loads(task.payload)
-    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()), task.stays)
+    return _Item(task.token, args, kwargs, context, bool(unopened.take_found()), task.stays)
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

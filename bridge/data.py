@@ -1,4 +1,4 @@
-"""`from bridge import data`: large arrays by reference. For producers too: loads neither ray nor cupy.
+"""`from bridge import data`: large arrays and files by reference. For producers too: loads neither ray nor cupy.
 
     ref = data.put(array)            # the bytes go to a store, once
     result = total.delay(ref)        # the message carries where they lie
@@ -8,7 +8,8 @@ A task with ``Gpu(result="device")`` answers with a handle to an array that stay
 `get` fetches it.
 
 Importing this module also teaches kombu's JSON arrays: a NumPy array given to ``delay()`` travels in the message when
-it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one.
+it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one. Bytes
+travel inside, and by reference where a producer says so: ``data.put_bytes(path.read_bytes())``.
 """
 
 import asyncio
@@ -21,17 +22,20 @@ from celery.result import allow_join_result
 from kombu.utils.json import register_type
 
 from actors import arrays, handles
-from actors.arrays import Array, ArrayRef, ArraySpec, Inline, as_form
+from actors.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
+from actors.blobs import Blob, BlobRef, BlobSpec, InlineBytes
 from actors.errands import DELETE, EXPORT
 from actors.handles import DeviceArray
+from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
 from bridge.errors import HandleLost
 from bridge.settings import settings
 
-__all__ = ["Array", "ArrayRef", "ArraySpec", "DeviceArray", "aget", "aput", "delete", "get", "put"]
+__all__ = ["Array", "ArrayRef", "ArraySpec", "Blob", "BlobRef", "BlobSpec", "DeviceArray", "Image", "ImageSpec"]
+__all__ += ["aget", "aput", "delete", "get", "put", "put_bytes"]
 
-#: The name under which arrays are known to kombu's JSON, on both sides.
-MARKER = "bridge.array"
+#: The names under which arrays and files are known to kombu's JSON, on both sides.
+MARKER, BLOB_MARKER = "bridge.array", "bridge.blob"
 #: Whoever gets an array from a device waits this long for the task that fetches it, in seconds.
 FETCH_S = 60.0
 
@@ -52,8 +56,13 @@ def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> Array
     return _stored(_stores(), array, keep_s, once)
 
 
-def get(ref: ArrayRef | DeviceArray | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
-    """The array of a reference or a handle, or of its JSON. A handle's is fetched by a GPU task, for up to a minute.
+def put_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -> BlobRef:
+    """Write the bytes of a file to the store; arguments and errors as `put`."""
+    return _stores().put_bytes(data, keep_s, once)
+
+
+def get(ref: Any) -> Any:
+    """The array, or the bytes, of a reference, a handle or of its JSON; a handle's is fetched by a GPU task.
 
     Raises:
         ValueError: no reference.
@@ -63,20 +72,21 @@ def get(ref: ArrayRef | DeviceArray | dict[str, Any]) -> "numpy.ndarray[Any, Any
     return _opened(_stores(), ref)
 
 
-def delete(ref: ArrayRef | DeviceArray | dict[str, Any]) -> None:
+def delete(ref: Any) -> None:
     """Forget the bytes of a reference or a handle before they expire; nothing happens if they are gone.
 
     A handle's array goes when a worker gets to it; this does not wait.
 
     Raises:
         ValueError: no reference.
-        DataRefused, StoreUnavailable: as their docstrings say.
+        DataRefused: not what `put` has made; other people's files are never deleted.
+        StoreUnavailable: the store does not answer.
     """
     form = _form(ref)
     if isinstance(form, DeviceArray):
         _send(_stores(), form, DELETE, [form.model_dump(mode="json")], ignore_result=True)
         form = form.kept
-    if isinstance(form, ArrayRef):
+    if isinstance(form, ArrayRef | BlobRef):
         _stores().delete(form)
 
 
@@ -85,7 +95,7 @@ async def aput(array: Any, *, keep_s: float | None = None, once: bool = False) -
     return await asyncio.to_thread(_stored, _stores(), array, keep_s, once)  # in a thread Celery may know no app
 
 
-async def aget(ref: ArrayRef | DeviceArray | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
+async def aget(ref: Any) -> Any:
     """`get`, while the event loop goes on."""
     return await asyncio.to_thread(_opened, _stores(), ref)
 
@@ -97,18 +107,20 @@ def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> Arr
     return stores.put(array, keep_s, once)
 
 
-def _opened(stores: Stores, ref: Any) -> "numpy.ndarray[Any, Any]":
+def _opened(stores: Stores, ref: Any) -> Any:
     form = _form(ref)
     if isinstance(form, DeviceArray):
         return _of_device(stores, form)
-    return stores.get(form) if isinstance(form, ArrayRef) else numpy.asarray(form.get())
+    return stores.get(form) if isinstance(form, ArrayRef | BlobRef) else form.get()
 
 
 def _form(ref: Any) -> Any:
     form = as_form(ref)
-    if not isinstance(form, Inline | ArrayRef | DeviceArray | numpy.ndarray):
-        raise ValueError(f"no reference to an array: {type(ref).__name__}; `data.put` returns one")
-    return form if not isinstance(form, numpy.ndarray) else Inline.of(form)
+    if isinstance(form, numpy.ndarray):
+        return Inline.of(form)
+    if not isinstance(form, Form):
+        raise ValueError(f"no reference to an array or a file: {type(ref).__name__}; `put` and `put_bytes` return one")
+    return form
 
 
 # ---- from a device
@@ -116,6 +128,7 @@ def _form(ref: Any) -> Any:
 
 def _of_device(stores: Stores, handle: DeviceArray) -> "numpy.ndarray[Any, Any]":
     """Have the executor that holds an array put it where it can be read, and read it; or read its copy."""
+    array: numpy.ndarray[Any, Any]
     result = _send(stores, handle, EXPORT, handle, settings().data_inline_bytes, expires=FETCH_S)
     try:
         with allow_join_result():  # in a CPU task, too: the task waited for runs on a GPU
@@ -123,15 +136,16 @@ def _of_device(stores: Stores, handle: DeviceArray) -> "numpy.ndarray[Any, Any]"
     except HandleLost:
         if handle.kept is None:
             raise
-        return stores.get(handle.kept)
+        array = stores.get(handle.kept)
+        return array
     finally:
         result.forget()
-    if not isinstance(form, ArrayRef):
-        return numpy.asarray(form.get())
     try:
-        return stores.get(form)
+        array = stores.get(form) if isinstance(form, ArrayRef) else form.get()
+        return array
     finally:
-        stores.delete(form)
+        if isinstance(form, ArrayRef):
+            stores.delete(form)
 
 
 def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options: Any) -> Any:
@@ -148,17 +162,17 @@ def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options:
 
 
 def _encoded(value: Any) -> Any:
-    """JSON of an array or a form of one."""
+    """JSON of an array, or of a form."""
     if isinstance(value, numpy.ndarray):
         value = Inline.of(value) if value.nbytes <= settings().data_inline_bytes else put(value)
     return value.model_dump(mode="json")
 
 
 def _decoded(value: Any) -> Any:
-    """A form, or in a producer the array itself; there a handle stays one, so that it can be sent on."""
+    """A form, or in a producer the array or the bytes; there a handle stays one, so that it can be sent on."""
     form = as_form(value)
-    opened: Any = Inline | ArrayRef | DeviceArray if _is_child else Inline | ArrayRef
-    return form if arrays.keeps_forms or not isinstance(form, opened) else form.get()
+    stays = arrays.keeps_forms or (isinstance(form, DeviceArray) and not _is_child)
+    return form if stays or not isinstance(form, Form) else form.get()
 
 
 @cache
@@ -172,7 +186,9 @@ def _stores() -> Stores:
 
 for _type in (numpy.ndarray, Inline, ArrayRef, DeviceArray):
     register_type(_type, MARKER, _encoded, _decoded)
-arrays.opener = lambda ref: _stores().get(ref)
+for _form_type in (InlineBytes, BlobRef):
+    register_type(_form_type, BLOB_MARKER, _encoded, _decoded)
+arrays.opener = lambda ref, most_bytes=None: _stores().get(ref, most_bytes)
 handles.fetcher = lambda handle: _of_device(_stores(), handle)
 _is_child = False  # of a worker: what it gets is for a body
 

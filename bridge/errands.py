@@ -8,11 +8,12 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from actors.arrays import ArrayRef, ArraySpec, Unopened
+from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import Failed, Outcome, TaskCall
 from actors.device_results import lost
 from actors.errands import DELETE, EXPORT
 from actors.handles import DeviceArray
+from actors.unopened import Unopened
 from bridge.errors import BridgeError
 from bridge.orders import Event, TaskWaiting
 

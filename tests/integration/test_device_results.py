@@ -5,11 +5,12 @@ import pickle
 import numpy
 import pytest
 
-from actors.arrays import ArrayRef, ArraySpec, Unopened
+from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import FailureKind
 from actors.errands import DELETE, EXPORT
 from actors.errors import HandleLost, StoreUnavailable
 from actors.handles import DeviceArray
+from actors.unopened import Unopened
 from tests.integration import test_executor as executors
 from tests.integration.test_executor import exception, value
 from tests.support.services import wait_for

@@ -8,9 +8,10 @@ from celery import Celery, chain, chord, group
 from kombu.serialization import dumps as encode
 from kombu.serialization import prepare_accept_content
 
-from actors.arrays import ArrayRef, ArraySpec, Unopened
+from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import Failed, FailureKind, Succeeded
 from actors.handles import DeviceArray
+from actors.unopened import Unopened
 from bridge import Gpu, errors, handles
 from bridge.errands import Errands
 from bridge.handles import Plan, handles_in, handles_of, may_stay, plan
