@@ -156,9 +156,12 @@ class Opener:
 
 
 def _replaced(value: Any, of_array: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
-    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts."""
+    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts.
+
+    A number stays one: ``x.sum()`` is an array without dimensions in CuPy, and none in NumPy.
+    """
     if is_device_array(value) or isinstance(value, numpy.ndarray):
-        return of_array(value)
+        return of_array(value) if getattr(value, "ndim", 0) else value
     if isinstance(value, bytes):
         return of_bytes(value)
     if isinstance(value, list | tuple):
