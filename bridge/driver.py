@@ -357,7 +357,11 @@ class Driver:
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
         if task.plan is None:
-            task.plan = plan(handles_of(task.run, self._accepted_content))
+            wanted = self._rules[task.run.task].accelerator
+            task.plan = plan(
+                handles_of(task.run, self._accepted_content),
+                lambda actor: wanted in ("", self._roster.accelerator(actor, wanted)),
+            )
         if task.plan.elsewhere and not task.refs:
             task.alone = alone
             self._errands.fetch(task.plan.elsewhere, partial(self._go_on_with, task))

@@ -21,6 +21,9 @@ from bridge.orders import Event, TaskWaiting
 NOT_HEARD_OF = "its actor takes no calls"
 ENDED = "the process that held it (its executor) has ended"
 
+#: Their rank in the queue: a task waits for each, and each is short.
+_FIRST = -1000
+
 #: Takes references by id of their handles, and the first error if not all could be fetched.
 Then = Callable[[dict[str, ArrayRef], BridgeError | None], None]
 
@@ -74,7 +77,7 @@ class Errands:
     def wait(self, token: str) -> None:
         """The actor has not taken it: it waits."""
         errand = self._under_way[token]
-        self._tell(TaskWaiting(token, errand.call.name, actor=errand.actor))
+        self._tell(TaskWaiting(token, errand.call.name, _FIRST, actor=errand.actor))
 
     def take(self, outcome: Outcome) -> None:
         """One has ended."""

@@ -130,6 +130,15 @@ def test_what_another_actor_holds_is_fetched_first_and_deleted_at_the_end(cluste
     assert cluster.result() == "'ok'" and cluster.discarded == [REF]
 
 
+def test_an_array_on_a_gpu_of_another_model_than_the_task_needs_is_fetched(cluster):
+    cluster.actor(0)
+    cluster.driver._rules["lab.echo"] = cluster.driver._rules["lab.echo"]._replace(accelerator="H100")
+    health = cluster.is_ready().health._replace(slot=0, executor="e0", accelerator="L4")
+    cluster.event(SlotChanged(0, health, ""))
+    cluster.send(handle("aa", 0))
+    assert [call[:2] for call in cluster.calls()] == [(0, EXPORT)]
+
+
 def test_one_with_a_copy_is_not_fetched(cluster):
     cluster.actor(0).actor(1)
     cluster.send([handle("aa", 0, 1, kept=REF), handle("bb", 1, 2)])

@@ -60,6 +60,12 @@ def test_one_with_a_copy_need_not_be_fetched():
     assert plan([handle("a", 0, "e0", 10, REF), handle("b", 1, "e1", 11)]) == Plan(1, ())
 
 
+def test_where_none_suits_all_are_fetched():
+    a, b, copied = handle("a", 0, "e0", 10), handle("b", 1, "e1", 11), handle("c", 1, "e1", 11, REF)
+    assert plan([a, b], lambda actor: actor == 0) == Plan(0, (b,))
+    assert plan([a, b, copied], lambda _: False) == Plan(None, (a, b))
+
+
 def test_another_executor_of_the_same_actor_is_another_place():
     old, new = handle("a", 0, "e0", 10), handle("b", 0, "e1", 11)
     assert plan([old, new]) == Plan(0, (old,))
@@ -174,7 +180,7 @@ def test_an_errand_waits_for_its_actor_and_answers_once(errands, told):
     answers = []
     errands.fetch([handle("ab", 5)], lambda *answer: answers.append(answer))
     (waiting,) = told
-    assert waiting == TaskWaiting(waiting.token, "bridge.data.export", actor=5)
+    assert waiting == TaskWaiting(waiting.token, "bridge.data.export", -1000, actor=5)
     args, _, _ = pickle.loads(errands.call(waiting.token).payload)
     assert args[0].source == handle("ab", 5)
     errands.wait(waiting.token)
