@@ -91,9 +91,14 @@ class Opener:
     def _open(self, unopened: Unopened) -> Any:
         source = unopened.source
         spec = unopened.spec
-        if not isinstance(spec, ArraySpec) or not isinstance(source, ArrayRef | DeviceArray):
+        if not isinstance(spec, ArraySpec):
             return unopened.open()
-        array = self._held(source) if isinstance(source, DeviceArray) else self._fetched(source)
+        if isinstance(source, DeviceArray):
+            array = self._held(source)
+        elif isinstance(source, ArrayRef):
+            array = self._fetched(source)
+        else:
+            return unopened.open()
         if spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
             raise ValueError("expected finite numbers, found NaN or an infinity")
         return spec.cast(array)
@@ -126,7 +131,7 @@ class Opener:
         Raises:
             DataRefused, StoreUnavailable: as their docstrings say.
         """
-        return _replaced(value, lambda array: self.stores.put(self._device.to_host(array)), self.stores.put_bytes)
+        return _with_arrays(value, self._stored, self.stores.put_bytes)
 
     def kept(self, value: Any, with_copy: bool, route: tuple[str, str]) -> Any:
         """`value` with a handle in the place of each array, all of which stay on the device; `route` leads back here.
@@ -147,27 +152,30 @@ class Opener:
                 size_bytes=array.nbytes, expires_at=time.time() + self._keep_s, kept=copy, route=route,
             )  # fmt: skip
 
-        return _replaced(value, keep, bytes)
+        return _with_arrays(value, keep, bytes)  # bytes were never on a device
 
     def undo(self) -> None:
         """The last value cannot be sent: nothing of it stays."""
         device_results.shared.drop(self._kept)
         self._kept.clear()
 
+    def _stored(self, array: Any) -> ArrayRef:
+        return self.stores.put(self._device.to_host(array))
 
-def _replaced(value: Any, of_array: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
+
+def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
     """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts.
 
     A number stays one: ``x.sum()`` is an array without dimensions in CuPy, and none in NumPy.
     """
     if is_device_array(value) or isinstance(value, numpy.ndarray):
-        return of_array(value) if getattr(value, "ndim", 0) else value
+        return convert(value) if getattr(value, "ndim", 0) else value
     if isinstance(value, bytes):
         return of_bytes(value)
     if isinstance(value, list | tuple):
-        return type(value)([_replaced(each, of_array, of_bytes) for each in value])
+        return type(value)([_with_arrays(each, convert, of_bytes) for each in value])
     if isinstance(value, dict):
-        return {key: _replaced(each, of_array, of_bytes) for key, each in value.items()}
+        return {key: _with_arrays(each, convert, of_bytes) for key, each in value.items()}
     return value
 
 

@@ -62,7 +62,9 @@ def put_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -
 
 
 def get(ref: Any) -> Any:
-    """The array, or the bytes, of a reference, a handle or of its JSON; a handle's is fetched by a GPU task.
+    """The array, or the bytes, of a reference, a handle, or their JSON.
+
+    What a handle stands for is fetched by a GPU task, for up to a minute.
 
     Raises:
         ValueError: no reference.
@@ -73,7 +75,7 @@ def get(ref: Any) -> Any:
 
 
 def delete(ref: Any) -> None:
-    """Forget the bytes of a reference or a handle before they expire; nothing happens if they are gone.
+    """Forget what a reference or a handle stands for before it expires; nothing happens if it is gone.
 
     A handle's array goes when a worker gets to it; this does not wait.
 
@@ -126,9 +128,8 @@ def _form(ref: Any) -> Any:
 # ---- from a device
 
 
-def _of_device(stores: Stores, handle: DeviceArray) -> "numpy.ndarray[Any, Any]":
+def _of_device(stores: Stores, handle: DeviceArray) -> Any:
     """Have the executor that holds an array put it where it can be read, and read it; or read its copy."""
-    array: numpy.ndarray[Any, Any]
     result = _send(stores, handle, EXPORT, handle, settings().data_inline_bytes, expires=FETCH_S)
     try:
         with allow_join_result():  # in a CPU task, too: the task waited for runs on a GPU
@@ -136,16 +137,15 @@ def _of_device(stores: Stores, handle: DeviceArray) -> "numpy.ndarray[Any, Any]"
     except HandleLost:
         if handle.kept is None:
             raise
-        array = stores.get(handle.kept)
-        return array
+        return stores.get(handle.kept)
     finally:
         result.forget()
+    if not isinstance(form, ArrayRef):
+        return numpy.asarray(form.get())
     try:
-        array = stores.get(form) if isinstance(form, ArrayRef) else form.get()
-        return array
+        return stores.get(form)
     finally:
-        if isinstance(form, ArrayRef):
-            stores.delete(form)
+        stores.delete(form)
 
 
 def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options: Any) -> Any:

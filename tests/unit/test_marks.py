@@ -109,7 +109,8 @@ def test_an_app_whose_results_stay_gets_the_tasks_that_fetch_them_and_no_other_a
     assert "bridge.data.export" not in marks_of(app, [])
     staying = Celery("staying", set_as_current=False)
     staying.task(shared=False, name="staying.made", gpu=Gpu(result="device"))(body_of_one)
-    assert {"staying.made", "bridge.data.export", "bridge.data.delete"} <= set(marks_of(staying, []))
+    names = {name for name in marks_of(staying, []) if name.startswith(("staying", "bridge"))}  # Celery shares others
+    assert names == {"staying.made", "bridge.data.export", "bridge.data.delete"}
     assert "bridge.data.export" in marks_of(staying, ["*"]), "asked once more"
     assert "bridge.data.export" not in app.tasks
 
