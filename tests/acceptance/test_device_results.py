@@ -248,7 +248,7 @@ def test_an_executor_that_ends_takes_its_arrays_along_unless_there_are_copies(s,
 
 def test_those_that_run_with_or_wait_for_an_executor_that_dies_are_told(s, actors, tmp_path):
     handle = s.ones(50).delay().get(**GET)
-    running = s.held_up(handle, str(tmp_path)).delay()
+    running = s.held_till_killed(handle, str(tmp_path)).delay()
     wait_for((tmp_path / "started").exists, "its start")
     waiting = s.place(handle).delay()
     os.kill(pid_of(actors, handle), signal.SIGKILL)
