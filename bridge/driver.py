@@ -393,10 +393,19 @@ class Driver:
         self._wait(task, task.alone)
 
     def _hand_back(self, token: str) -> None:
+        """What an executor held is lost, unless it is the new one that a task waits for."""
+        task = self._by_token.get(token)
         if token in self._errands:
-            self._errands.lose(token, ENDED)
-        elif token in self._by_token:
-            self._unpin(self._by_token[token])
+            actor, executor = self._errands.holder(token)
+            if self._roster.executor(actor) == executor:
+                self._errands.wait(token)
+            else:
+                self._errands.lose(token, ENDED)
+        elif task is not None and task.plan is not None and task.plan.actor is not None:
+            if self._roster.executor(task.plan.actor) == task.plan.executor:
+                self._wait(task, task.alone)
+            else:
+                self._unpin(task)
 
     def _again(self, task: TracedTask, alone: bool) -> None:
         """Let a task wait for another run; a new token, so that nothing late ever touches it."""

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
 
     actor: int | None = None  # there, for it holds arrays the task takes
     elsewhere: tuple[DeviceArray, ...] = ()  # others, to be fetched first
+    executor: str = ""  # of that actor, which holds them
 
 
 def plan(handles: Iterable[DeviceArray], suits: Callable[[int], bool] = lambda _: True) -> Plan:
@@ -42,7 +43,8 @@ def plan(handles: Iterable[DeviceArray], suits: Callable[[int], bool] = lambda _
     places = [where for where in held if suits(where[0])]
     best = max(places, key=lambda where: sum(each.size_bytes for each in held[where].values()), default=None)
     others = [each for where, found in held.items() if where != best for each in found.values()]
-    return Plan(best and best[0], tuple(each for each in others if each.kept is None))
+    elsewhere = tuple(each for each in others if each.kept is None)
+    return Plan(best[0], elsewhere, best[1]) if best else Plan(None, elsewhere)
 
 
 def handles_of(run: Run, accept: Any) -> list[DeviceArray]:

@@ -105,6 +105,18 @@ def test_when_the_executor_ends_it_runs_anywhere_and_is_told_there(cluster):
     assert cluster.calls()[-1] == (0, "lab.echo", (handle("aa", 1),))
 
 
+def test_a_task_for_the_new_executor_is_not_sent_away_when_the_driver_hears_of_it(cluster):
+    """It served others, and was heard of in a handle, before the driver's next beat."""
+    cluster.actor(0).actor(1)
+    cluster.send("held"), cluster.send("held")
+    cluster.send(handle("aa", 1).model_copy(update={"executor": "ee"}))
+    cluster.actor(1, "ee")
+    cluster.answer(done("ok"), 0)
+    assert len(cluster.calls()) == 1, "the other one is free"
+    cluster.answer(done("ok"))
+    assert [call[:2] for call in cluster.calls()] == [(1, "lab.echo")]
+
+
 def test_an_actor_that_nobody_hears_of_is_waited_for_no_longer_than_that(cluster, monkeypatch):
     cluster.actor(0)
     cluster.send(handle("aa", 7))

@@ -41,34 +41,34 @@ def test_without_handles_anywhere():
 
 
 def test_where_its_arrays_are():
-    assert plan([handle("a", 3), handle("b", 3)]) == Plan(3, ())
+    assert plan([handle("a", 3), handle("b", 3)]) == Plan(3, (), "e0")
 
 
 def test_where_most_bytes_are_and_the_others_are_fetched():
     small, large = handle("a", 0, "e0", 10), handle("b", 1, "e1", 11)
-    assert plan([small, large]) == Plan(1, (small,))
+    assert plan([small, large]) == Plan(1, (small,), "e1")
     more = handle("c", 0, "e0", 5)
-    assert plan([small, large, more]) == Plan(0, (large,))
+    assert plan([small, large, more]) == Plan(0, (large,), "e0")
 
 
 def test_each_array_counts_once():
     small, large = handle("a", 0, "e0", 10), handle("b", 1, "e1", 15)
-    assert plan([small, large, small, small]) == Plan(1, (small,))
+    assert plan([small, large, small, small]) == Plan(1, (small,), "e1")
 
 
 def test_one_with_a_copy_need_not_be_fetched():
-    assert plan([handle("a", 0, "e0", 10, REF), handle("b", 1, "e1", 11)]) == Plan(1, ())
+    assert plan([handle("a", 0, "e0", 10, REF), handle("b", 1, "e1", 11)]) == Plan(1, (), "e1")
 
 
 def test_where_none_suits_all_are_fetched():
     a, b, copied = handle("a", 0, "e0", 10), handle("b", 1, "e1", 11), handle("c", 1, "e1", 11, REF)
-    assert plan([a, b], lambda actor: actor == 0) == Plan(0, (b,))
+    assert plan([a, b], lambda actor: actor == 0) == Plan(0, (b,), "e0")
     assert plan([a, b, copied], lambda _: False) == Plan(None, (a, b))
 
 
 def test_another_executor_of_the_same_actor_is_another_place():
     old, new = handle("a", 0, "e0", 10), handle("b", 0, "e1", 11)
-    assert plan([old, new]) == Plan(0, (old,))
+    assert plan([old, new]) == Plan(0, (old,), "e1")
 
 
 # ---- which
