@@ -55,7 +55,7 @@ class Gpu(BaseModel):
     )
     result: Literal["value", "ref"] = Field(
         default="value",
-        description="how arrays in a result travel: as lists of numbers, or by reference to a store of large data",
+        description="how arrays and bytes in a result travel: inside it (arrays as lists), or by reference to a store",
     )
     example: tuple[Any, ...] | None = Field(
         default=None,
