@@ -137,7 +137,8 @@ class RootedStore:
         url = f"{self.home}{uuid.uuid4().hex}"
         system, path = self._opened(url, [self.home])
         with _answers(url):
-            system.makedirs(posixpath.dirname(path), exist_ok=True)
+            if url.startswith("file:"):  # elsewhere this would make a bucket, by whoever mistypes its name
+                system.makedirs(posixpath.dirname(path), exist_ok=True)
             try:
                 system.pipe_file(path, bytes(data))
             except BaseException:  # a full disk, or an interrupt of the body
