@@ -16,128 +16,25 @@ from typing import Any, NamedTuple
 
 import redis
 from kombu.transport import redis as stock
-from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from bridge.intake import UNREADABLE, BoundedChannel, drop_unreadable, without_large_body
-from bridge.taking import LARGEST_BYTES, MOST_BYTES, MOST_MESSAGES, READ_BYTES, TAKE, Watch, read_reply
-from bridge.visibility import RENEW, RenewingPoller, RenewingQoS
+from bridge.redis_qos import GroupedQoS
+from bridge.taking import LARGEST_BYTES, MOST_BYTES, READ_BYTES, TAKE, Watch, read_reply
+from bridge.visibility import RENEW, RenewingPoller
 
 logger = logging.getLogger(__name__)
 
-#: Acknowledgements leave in the middle of a turn when there are this many, and no more of them together.
-MOST_ACKS = 500
-#: After Redis has refused a script or acknowledgements it is asked again after this long, in seconds.
-REFUSED_PAUSE_S, ACK_AGAIN_S = 60.0, 1.0
+#: After Redis has refused a script it is asked without for this long, in seconds.
+REFUSED_PAUSE_S = 60.0
 #: While Redis is silent it is asked anew after this long, in seconds, unless kombu says otherwise.
 ASK_AGAIN_S = 1.0
-
-
-class GroupedQoS(RenewingQoS):
-    """Which messages are unacknowledged; of one that was taken and not delivered yet, None stands for the message."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._acks: deque[Any] = deque()  # prefork acknowledges from a thread of its own while children end
-        self._ack_at = 0.0
-
-    def append(self, message: Any, delivery_tag: Any) -> None:
-        """Note a message as unacknowledged, unless that was done when it was taken."""
-        if self.is_only_taken(delivery_tag):
-            virtual.QoS.append(self, message, delivery_tag)
-            self.channel.is_built = True
-            return
-        answer = self.channel.note(message, delivery_tag)
-        if answer is None:
-            super().append(message, delivery_tag)
-        else:  # in the order of their arrival, in which kombu gives them back
-            virtual.QoS.append(self, message, delivery_tag)
-            self.channel.keep(*answer)
-        self.has_noted(delivery_tag)
-        self.channel.is_built = True
-
-    def is_only_taken(self, delivery_tag: Any) -> bool:
-        """Whether a message was taken and is not delivered yet."""
-        return self._delivered.get(delivery_tag, self) is None
-
-    def add_taken(self, delivery_tag: Any) -> None:
-        """Count a message from now on; closing the channel gives it back."""
-        self._delivered[delivery_tag] = None
-        self.has_noted(delivery_tag)
-
-    def forget_taken(self, delivery_tag: Any) -> None:
-        """It has gone another way."""
-        if self.is_only_taken(delivery_tag):
-            del self._delivered[delivery_tag]
-
-    @property
-    def room(self) -> int:
-        """How many messages may come in."""
-        if "can_consume" in vars(self):  # --disable-prefetch: Celery looks anew at each message
-            return 1
-        most = self.can_consume_max_estimate()
-        return MOST_MESSAGES if most is None else min(MOST_MESSAGES, most)
-
-    def ack(self, delivery_tag: Any) -> None:
-        """Acknowledge with the others of this turn; at once when no turn will come, for nothing is consumed."""
-        self._acks.append(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
-        if len(self._acks) >= MOST_ACKS or not self.channel.active_queues:
-            self.send_acks()
-
-    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
-        """Give back to the queue, at once, or drop as if acknowledged."""
-        if requeue:
-            super().reject(delivery_tag, requeue=True)
-        else:
-            self.ack(delivery_tag)
-
-    def send_acks(self, again: bool = False) -> None:
-        """Tell Redis which messages are done with; nothing is raised, as for kombu's `ack_log_error`.
-
-        Args:
-            again: also when Redis has just refused.
-        """
-        while self._acks and (again or time.monotonic() >= self._ack_at):
-            tags = self.next_acks()
-            try:
-                # No transaction: a full server takes none. A tag in the index alone is cleared by whoever restores it.
-                with self.channel.plain_client.pipeline(transaction=False) as pipe:
-                    pipe.hdel(self.channel.prefixed(self.unacked_key), *tags)
-                    pipe.zrem(self.channel.prefixed(self.unacked_index_key), *tags)
-                    pipe.execute()
-            except ResponseError as error:  # it is there and does not want to, as in the middle of a failover
-                logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
-                self.ack_again(tags)
-                return
-            except Exception as error:  # the connection is gone: the broker will deliver the messages again
-                logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
-            except BaseException:  # this process is told to stop
-                self.ack_again(tags)
-                raise
-
-    def next_acks(self) -> list[Any]:
-        """Acknowledgements to be sent together, or `ack_again`."""
-        tags: list[Any] = []
-        with suppress(IndexError):  # a thread may do the same
-            while len(tags) < MOST_ACKS:
-                tags.append(self._acks.popleft())
-        return tags
-
-    def ack_again(self, tags: list[Any]) -> None:
-        """They were not sent, or nobody knows whether they were."""
-        if tags:
-            self._acks.extendleft(reversed(tags))
-            self._ack_at = time.monotonic() + ACK_AGAIN_S
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """At the end: what is acknowledged must be so in Redis before the rest is given back."""
-        self.channel.forget_question()
-        self.send_acks(again=True)
-        super().restore_unacked_once(stderr)
+#: A worker in which a task would wait for a child or a slot leaves what comes to others for this long, in seconds: many
+#: times what one that is idle needs to take it.
+GIVE_WAY_S = 0.005
 
 
 class _Asked(NamedTuple):
@@ -162,6 +59,7 @@ class GroupedChannel(BoundedChannel):
     _is_left = False  # the script could not read the next message
     _asked: Any = None
     _answered_at = 0.0
+    _way_until: float | None = None  # until then others are given way
     _brpop_sent_at: Any = None
     is_built = False  # the text being delivered has become a message
 
@@ -217,11 +115,26 @@ class GroupedChannel(BoundedChannel):
         super()._brpop_start(timeout)  # type: ignore[misc]
 
     def ask_when_due(self) -> None:
-        """Ask anew while Redis is silent: as often as BRPOP would, and at once when messages are known to wait."""
+        """Ask anew while Redis is silent, as often as BRPOP would; at once when messages are known to wait."""
         if self._is_waiting() and self.active_queues and self.qos.can_consume():  # type: ignore[attr-defined]
             waited_s = time.monotonic() - self._answered_at
-            if self._more_waits or waited_s >= (self.brpop_timeout or ASK_AGAIN_S):  # type: ignore[attr-defined]
+            is_due = waited_s >= (self.brpop_timeout or ASK_AGAIN_S)  # type: ignore[attr-defined]
+            if is_due or (self._more_waits and not self._gives_way()):
                 self._brpop_start()
+
+    def _gives_way(self) -> bool:
+        """Whether others are to have what waits, for a moment: who is idle is not to lose it to who is not."""
+        cycle, now = self.connection.cycle, time.monotonic()  # type: ignore[attr-defined]
+        if self._is_full or not cycle.is_busy():
+            return False
+        if self._way_until is None:
+            self._way_until = now + GIVE_WAY_S
+            cycle.timer.call_after(GIVE_WAY_S, self._take_what_is_left)
+        return bool(now < self._way_until)
+
+    def _take_what_is_left(self) -> None:
+        with suppress(RedisError, OSError):  # the event loop sees it, too, and connects again
+            self.ask_when_due()
 
     def _is_waiting(self) -> bool:
         """Whether Redis has answered, and says so when a list changes."""
@@ -235,7 +148,7 @@ class GroupedChannel(BoundedChannel):
         self._asked = asked = _Asked(queues, room, self.qos.next_acks(), bool(before), looks)  # type: ignore[attr-defined]
         take = ("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *asked.acks)
         look = self._watch.look(keys[2:]) if looks else []
-        self._in_poll, self._brpop_sent_at = connection, time.monotonic()
+        self._in_poll, self._brpop_sent_at, self._way_until = connection, time.monotonic(), None
         connection.send_packed_command(connection.pack_commands([*before, take, *look]))
 
     def _brpop_read(self, **options: Any) -> Any:
@@ -244,7 +157,7 @@ class GroupedChannel(BoundedChannel):
             if self._is_waiting():  # a list has changed, or the connection is gone
                 self._more_waits = True
                 if not self._closing:  # type: ignore[attr-defined]
-                    self._brpop_start()
+                    self._watch.hear(self._in_poll) if self._gives_way() else self._brpop_start()
                 if self._asked is None:
                     raise Empty
             return super()._brpop_read(**options) if self._asked is None else self._read_answer()  # type: ignore[misc]

@@ -89,7 +89,7 @@ for number = 1, math.min(count, math.ceil(waiting / 2)) do
     break
   end
   taken[1] = 0
-  redis.call('RPOP', key)
+  redis.call('LTRIM', key, 0, -2)
   note(tag, text)
   bytes = bytes - #raw
   taken[#taken + 1] = order[place]
@@ -130,6 +130,19 @@ class Watch:
     def begin(self, connection: Any) -> None:
         """It was answered."""
         self._socket = connection._sock
+
+    def hear(self, connection: Any) -> None:
+        """Read what Redis has said, while no answer is due.
+
+        Raises:
+            RedisError, OSError: the connection is gone.
+        """
+        try:
+            while connection.can_read(0):
+                connection.read_response(push_request=True)
+        except BaseException:
+            connection.disconnect()
+            raise
 
     def refuse(self) -> None:
         """Redis does not do it: a proxy in between, an ACL."""
