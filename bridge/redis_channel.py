@@ -35,6 +35,9 @@ ASK_AGAIN_S = 1.0
 #: A worker in which a task would wait for a child or a slot leaves what comes to others for this long, in seconds: many
 #: times what one that is idle needs to take it.
 GIVE_WAY_S = 0.005
+#: Who was told of messages so often in a row and came too late asks only after this long, in seconds: with many idle
+#: workers Redis would be asked by all of them about each message.
+MOST_VAIN, VAIN_PAUSE_S = 20, 0.05
 
 
 class _Asked(NamedTuple):
@@ -60,6 +63,7 @@ class GroupedChannel(BoundedChannel):
     _asked: Any = None
     _answered_at = 0.0
     _way_until: float | None = None  # until then others are given way
+    _vain = 0  # questions without a message, one after the other, as fast as Redis has spoken
     _brpop_sent_at: Any = None
     is_built = False  # the text being delivered has become a message
 
@@ -119,17 +123,20 @@ class GroupedChannel(BoundedChannel):
         if self._is_waiting() and self.active_queues and self.qos.can_consume():  # type: ignore[attr-defined]
             waited_s = time.monotonic() - self._answered_at
             is_due = waited_s >= (self.brpop_timeout or ASK_AGAIN_S)  # type: ignore[attr-defined]
+            if is_due:
+                self._vain = 0
             if is_due or (self._more_waits and not self._gives_way()):
                 self._brpop_start()
 
     def _gives_way(self) -> bool:
         """Whether others are to have what waits, for a moment: who is idle is not to lose it to who is not."""
         cycle, now = self.connection.cycle, time.monotonic()  # type: ignore[attr-defined]
-        if self._is_full or not cycle.is_busy():
+        pause_s = GIVE_WAY_S if cycle.is_busy() else VAIN_PAUSE_S if self._vain >= MOST_VAIN else 0.0
+        if self._is_full or not pause_s or cycle.timer is None:
             return False
         if self._way_until is None:
-            self._way_until = now + GIVE_WAY_S
-            cycle.timer.call_after(GIVE_WAY_S, self._take_what_is_left)
+            self._way_until = now + pause_s
+            cycle.timer.call_after(pause_s, self._take_what_is_left)
         return bool(now < self._way_until)
 
     def _take_what_is_left(self) -> None:
@@ -189,7 +196,9 @@ class GroupedChannel(BoundedChannel):
         if self._watch.is_on(connection):
             self._in_poll, self._brpop_sent_at, self._answered_at = connection, None, time.monotonic()
         if not self._taken:
+            self._vain += 1
             raise Empty
+        self._vain = 0
         return True
 
     def _see(self, asked: _Asked, connection: Any, replies: list[Any]) -> None:

@@ -102,8 +102,8 @@ class Verdict:
     def _is_on_the_way(self, task):
         """Whether no worker has ever had the message: the only one, or that of the next try."""
         story = self.stories[task]
-        waits_for_try = bool(story.history) and story.history[-1][0] == "RETRY"
-        return not story.received or (waits_for_try and len(story.ends) >= len(story.received))
+        state, tries, _ = story.history[-1] if story.history else ("", "", "")
+        return not story.received or (state == "RETRY" and len(story.received) <= int(tries) + 1)
 
     def violations(self):
         """Sentences, one for each rule that was broken; none means that the run passes."""

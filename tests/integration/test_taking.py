@@ -255,3 +255,27 @@ def test_who_is_not_busy_any_more_gives_no_way(server, desk, occupy):  # noqa: F
     assert not one.turn()
     one.connection.transport.cycle.is_busy = lambda: False
     wait_for(one.turn, "the message")
+
+
+def test_who_came_too_late_again_and_again_asks_less_often(server, desk, occupy, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(redis_channel, "MOST_VAIN", 2)
+    monkeypatch.setattr(redis_channel, "VAIN_PAUSE_S", NEVER_S)
+    one, other = waits(desk()), waits(desk())
+    occupy(one)
+    one.connection.transport.cycle.is_busy = lambda: False
+    one.channel._vain = 0
+
+    def asks(number):
+        asked_at = one.channel._answered_at
+        publish(server.url, [number])
+        wait_for(lambda: b"invalidate" in said(one), "Redis to say that a list has changed")
+        wait_for(other.turn, "the other one to take it")
+        one.turn()
+        return one.channel._answered_at > asked_at
+
+    assert [asks(number) for number in range(3)] == [True, True, False]
+    publish(server.url, [3])
+    occupy.is_over()
+    wait_for(lambda: one.turn() or one.received, "what is left")
+    publish(server.url, [4])
+    wait_for(one.turn, "the next, at once, for this time it was not too late")
