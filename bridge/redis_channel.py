@@ -163,8 +163,10 @@ class GroupedChannel(BoundedChannel):
         try:
             if self._is_waiting():  # a list has changed, or the connection is gone
                 self._more_waits = True
-                if not self._closing:  # type: ignore[attr-defined]
-                    self._watch.hear(self._in_poll) if self._gives_way() else self._brpop_start()
+                if self._gives_way():
+                    self._watch.hear(self._in_poll)
+                elif self.active_queues and not self._closing:  # type: ignore[attr-defined]
+                    self._brpop_start()
                 if self._asked is None:
                     raise Empty
             return super()._brpop_read(**options) if self._asked is None else self._read_answer()  # type: ignore[misc]
