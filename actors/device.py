@@ -7,11 +7,12 @@ is called in the Celery worker, the driver or the actor: they never touch CUDA.
 import importlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
 
+from actors.arrays import assembled
 from actors.device_api import Device, DeviceInfo, DeviceUnusable, Memory, Stream
 from actors.pinned import PinnedCopies, is_worth_it
 from actors.sizes import read_bytes
@@ -49,7 +50,7 @@ _REASONS = {
 class CpuDevice:
     """NumPy on the CPU, through the same code path as a GPU.
 
-    With `memory_bytes` it stands for a GPU with so much memory, of which only residents and what bodies declare is
+    With `memory_bytes` it stands for a GPU with so much memory, of which only what stays and what bodies declare is
     taken: a logical memory for a logical GPU, so that admission and eviction can be tried without one.
     """
 
@@ -93,11 +94,11 @@ class CpuDevice:
     def free(self) -> None:
         """Nothing is pooled here."""
 
-    def memory(self, resident_bytes: int) -> Memory:
+    def memory(self, held_bytes: int) -> Memory:
         """The logical memory; unknown without one."""
         if not self._memory_bytes:
             return Memory(0, 0, 0)
-        return Memory(resident_bytes, self._memory_bytes, max(0, self._memory_bytes - resident_bytes))
+        return Memory(held_bytes, self._memory_bytes, max(0, self._memory_bytes - held_bytes))
 
     def pooled_bytes(self) -> int:
         """Nobody counts what NumPy allocates."""
@@ -110,6 +111,10 @@ class CpuDevice:
     def to_host(self, array: Any) -> Any:
         """The array itself; one that a body has made with CuPy all the same is copied."""
         return array.get() if is_device_array(array) else numpy.asarray(array)
+
+    def receive(self, pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> Any:
+        """A new NumPy array."""
+        return _received(pieces, shape, dtype)
 
 
 class _CpuStream:
@@ -211,8 +216,8 @@ class CudaDevice:
         self._cupy.get_default_pinned_memory_pool().free_all_blocks()
         self._cupy.fft.config.get_plan_cache().clear()
 
-    def memory(self, resident_bytes: int) -> Memory:
-        """Of the device, all processes together; residents are in the pool and counted with it."""
+    def memory(self, held_bytes: int) -> Memory:
+        """Of the device, all processes together; what stays is in the pool and counted with it."""
         free, total = self._runtime.memGetInfo()
         room, limit = free + self._pool.free_bytes(), self._pool.get_limit()
         if limit:
@@ -239,6 +244,19 @@ class CudaDevice:
         if isinstance(array, self._cupy.ndarray) and is_worth_it(array):
             return self._copies.to_host(self._cupy.ascontiguousarray(array))
         return array.get()
+
+    def receive(self, pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> Any:
+        """A new CuPy array; of a large one each piece is on its way to the device while the next one comes in."""
+        target = self._cupy.empty(shape, numpy.dtype(dtype).newbyteorder("="))
+        if numpy.dtype(dtype).isnative and is_worth_it(target):
+            self._copies.fill(target, pieces)
+            return target
+        return self._cupy.asarray(_received(pieces, shape, dtype))
+
+
+def _received(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "numpy.ndarray[Any, Any]":
+    target = assembled(pieces, shape, dtype)
+    return target if target.dtype.isnative else target.astype(target.dtype.newbyteorder("="))
 
 
 class _CudaStream:

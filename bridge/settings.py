@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from actors.contract import StoreConfig
+from actors.roots import is_redis
 from bridge.errors import ConfigurationInvalid
 
 
@@ -51,6 +53,15 @@ class Settings(BaseSettings):
     resident_limit: str = Field(
         "50%", description="what residents may hold on a device together: bytes such as 8GiB, or a share such as 50%"
     )
+    device_results_limit: str = Field(
+        "25%",
+        description="what results that stay (`Gpu(result='device')`) may hold on a device together; those used longest "
+        "ago move to the host's memory: bytes such as 8GiB, or a share such as 25%",
+    )
+    host_results_limit: str = Field(
+        "4GiB", description="what results that had to leave the device may hold of the host's memory; the oldest goes"
+    )
+    device_result_s: float = Field(3600.0, gt=0, description="a result stays on the device for this long")
     left_limit: str = Field(
         "25%",
         description="an executor whose bodies have left more than this behind on the device is replaced: bytes such as "
@@ -117,6 +128,26 @@ class Settings(BaseSettings):
         15.0, gt=2, description="a worker whose main thread has not turned for this long is not live any more"
     )
 
+    # large data (bridge/data.py)
+    data_url: str | None = Field(
+        None,
+        description="where arrays and files by reference are put: redis://..., or a root that fsspec opens, such as "
+        "s3://bucket/prefix or file:///mnt/shared; default: the Redis of the result backend, else of the broker",
+    )
+    data_roots: list[str] = Field(
+        [],
+        description="JSON list of roots below which references to files and URLs are read, such as "
+        "https://images.example.com/public/; all others are refused, nothing below them is written or deleted",
+    )
+    data_keep_s: float = Field(3600.0, gt=0, description="data in Redis expire after this")
+    data_inline_bytes: int = Field(
+        65_536, ge=0, description="arrays given to delay() travel in the message up to this size, by reference above"
+    )
+    data_limit_bytes: int = Field(1 << 34, ge=1, description="one array or file by reference, at most")
+    data_timeout_s: float = Field(
+        10.0, gt=0, description="Redis or a web server has this long for one answer with large data"
+    )
+
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
@@ -149,10 +180,31 @@ class Settings(BaseSettings):
             _place(address)
         return address
 
+    @field_validator("data_url")
+    @classmethod
+    def _is_a_store(cls, url: str | None) -> str | None:
+        if url is None or is_redis(url):
+            return url
+        if url.startswith(("http://", "https://")):
+            raise ValueError("web servers are only read from; write redis://... or a root such as s3://bucket/prefix")
+        return _root(url)
+
+    @field_validator("data_roots")
+    @classmethod
+    def _are_roots(cls, roots: list[str]) -> list[str]:
+        return [_root(root) for root in roots]
+
     @property
     def health_place(self) -> tuple[str, int] | None:
         """Host and port of `health_address`."""
         return _place(self.health_address) if self.health_address is not None else None
+
+    @property
+    def stores(self) -> StoreConfig:
+        """Where large data lie, as executors are told."""
+        return StoreConfig(
+            self.data_url, tuple(self.data_roots), self.data_keep_s, self.data_timeout_s, self.data_limit_bytes
+        )
 
     def namespace_of(self, app: Any) -> str:
         """The namespace of an app's workers: as set, or of the app's name."""
@@ -163,6 +215,13 @@ class Settings(BaseSettings):
         if self.min_actors is not None and self.max_actors is not None and self.min_actors > self.max_actors:
             raise ValueError("BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS")
         return self
+
+
+def _root(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    if scheme in ("", "local") or not rest.strip("/") or any(odd in url for odd in ("%", "?", "#", "@", "::", "\\")):
+        raise ValueError("write a root such as s3://bucket/prefix, file:///mnt/shared or https://host/path")
+    return url
 
 
 def _place(address: str) -> tuple[str, int]:

@@ -7,7 +7,6 @@ are stored together (`bridge/results.py`). So no two tasks ever interleave insid
 
 import inspect
 import logging
-import pickle
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,10 +16,13 @@ import greenlet
 from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
+from actors import arrays
+from actors.arrays import ArrayRef
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.contract import Outcome, Pending, Reason
 from bridge.dead_letters import Crash
-from bridge.errors import BridgeError, TaskPoisoned
+from bridge.errors import BridgeError, PayloadInvalid, TaskPoisoned
+from bridge.handles import Plan, dumps, may_stay
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
@@ -46,9 +48,13 @@ class TracedTask:
         "crashes",
         "how",
         "losses",
+        "once",
         "payload",
+        "plan",
+        "refs",
         "run",
         "short_since",
+        "stays",
         "token",
         "told",
         "tracer",
@@ -66,6 +72,10 @@ class TracedTask:
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
         self.losses = 0
+        self.once: list[ArrayRef] = []  # what is deleted when it has ended
+        self.plan: Plan | None = None  # where it runs, once its message has been looked at for handles
+        self.refs: dict[str, ArrayRef] = {}  # arrays of other actors that were fetched for it, by id of their handles
+        self.stays = False  # arrays in its result may stay on the device
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
         self.short_since = 0.0  # when it was first refused for want of memory
@@ -87,11 +97,14 @@ class Tracing:
     Args:
         app: the Celery app.
         answer: called with a task and its `Done` or `Ended` when its tracer has returned.
+        marks: the app's GPU tasks.
     """
 
-    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None]) -> None:
+    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None], marks: dict[str, Mark]) -> None:
         self._tasks = app.tasks  # kept: the app takes a lock for each look
         self._answer = answer
+        self._staying = {name for name, mark in marks.items() if mark.gpu.result == "device"}
+        self._marks = marks
         self._loop = greenlet.getcurrent()
 
     def start(self, task: TracedTask, refusal: BridgeError | None = None) -> None:
@@ -141,7 +154,7 @@ class Tracing:
         if task.tracer is not None:
             task.tracer.throw(greenlet.GreenletExit)
 
-    def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
         tracer = greenlet.getcurrent()
         celery_task = self._tasks[name]
@@ -155,7 +168,10 @@ class Tracing:
         if tracer.refusal is not None:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
-        task.payload = _payload(args, kwargs, vars(celery_task.request), task.run.request)
+        task.once = arrays.seen_once.copy()
+        request = vars(celery_task.request)
+        task.stays = name in self._staying and may_stay(request, self._marks)
+        task.payload = _payload(args, kwargs, request, task)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
@@ -167,7 +183,10 @@ class Tracing:
         tracer.has_outcome = True
         if isinstance(outcome, BridgeError):
             raise _final(celery_task, outcome)
-        return resolve(celery_task, outcome)
+        try:
+            return resolve(celery_task, outcome)
+        except PayloadInvalid as error:  # what can be seen on the GPU node only
+            raise _final(celery_task, error) from error.__cause__
 
     def _trace(self, task: TracedTask) -> None:
         """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
@@ -191,18 +210,18 @@ class _Final(BaseException):
 
 
 def _final(task: Any, error: BridgeError) -> BaseException:
-    return _Final(error) if isinstance(error, TaskPoisoned) and hasattr(task, "_orig_run") else error
+    return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
-def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> bytes:
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], task: TracedTask) -> bytes:
     """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
     context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
     context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
     try:
-        return pickle.dumps((args, kwargs, context), 5)
+        return dumps((args, kwargs, context), task.refs)
     except Exception:  # what a hook has put there belongs to this process
-        context = {key: value for key, value in context.items() if key in sent or key == "args"}
-        return pickle.dumps((args, kwargs, context), 5)
+        context = {key: value for key, value in context.items() if key in task.run.request or key == "args"}
+        return dumps((args, kwargs, context), task.refs)
 
 
 def einfo(error: BaseException) -> ExceptionInfo:
@@ -225,9 +244,7 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
         body = innermost(task)
         has_own_check = is_pydantic(task)
 
-        def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
-            return forward(_name, _body, *args, **kwargs)
-
+        stand_in = _stand_in(forward, name, body)
         # Task.retry merges new arguments with the message's by the signature it finds.
         stand_in.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
         replace_innermost(task, stand_in)
@@ -241,8 +258,17 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
             without_custom_call(task)  # it runs in the executor, around the body
 
 
+def _stand_in(forward: Callable[..., Any], name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called in the body's place; the body's own parameters may have any names."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return forward(name, body, *args, **kwargs)
+
+    return stand_in
+
+
 def _without_final(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Outside of autoretry: a poisoned task ends."""
+    """Outside of autoretry: a task that is poisoned or can never fit ends."""
 
     def ended(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -258,6 +284,7 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
     """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
+        arrays.seen_once.clear()
         args, kwargs = check(args, kwargs)
         return run(*args, **kwargs)
 

@@ -1,0 +1,192 @@
+"""In the executor: arrays that came by reference are fetched and put on the device, and results go the same way back.
+
+Both happen inside the body's frame: limits and cancellation hold, and what goes wrong is that task's error. Only tasks
+whose arguments were found to hold an array when they were unpickled pay anything for this.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from pydantic import BaseModel
+
+from actors import device_results
+from actors.arrays import ArrayRef, ArraySpec
+from actors.contract import Config
+from actors.device import is_device_array
+from actors.device_api import Device
+from actors.errors import DataError, HandleLost, PayloadInvalid, problem
+from actors.handles import DeviceArray
+from actors.stores import Stores
+from actors.unopened import Unopened
+
+if TYPE_CHECKING:
+    from actors.release import LoadedTask
+
+
+class Opener:
+    """Between stores and device; one per executor."""
+
+    def __init__(self, app: Any, config: Config, device: Device) -> None:
+        self.stores = Stores(app, config.stores)
+        self._device = device
+        self._actor = config.actor
+        self._keep_s = config.keep_s
+        self._copy_keep_s = max(config.keep_s, config.stores.keep_s)
+        self._kept: list[str] = []  # ids of what stays of the last value
+
+    def opening(self, task: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call` with its arguments opened first. It raises PayloadInvalid or DataError where one cannot be."""
+
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self.open_all(task.name, task.run, args, kwargs)
+            return call(*args, **kwargs)
+
+        return opened
+
+    def opening_items(self, task: Any, run_items: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for a vectorised body; an item that cannot be opened gets its error in its place."""
+
+        def opened(items: Sequence[tuple[Any, Any]]) -> list[Any]:
+            results: list[Any] = [None] * len(items)
+            good: list[tuple[int, Any]] = []
+            for number, (args, kwargs) in enumerate(items):
+                try:
+                    good.append((number, self.open_all(task.name, task.run, args, kwargs)))
+                except (DataError, PayloadInvalid) as error:
+                    results[number] = error
+            if good:
+                for (number, _), value in zip(good, run_items([pair for _, pair in good]), strict=True):
+                    results[number] = value
+            return results
+
+        return opened
+
+    def open_all(self, name: str, body: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments with a device array in the place of each `Unopened`."""
+        names = list(inspect.signature(body).parameters)
+        fields = [names[number] if number < len(names) else f"argument {number + 1}" for number in range(len(args))]
+        opened = type(args)([self._opened(name, field, each) for field, each in zip(fields, args, strict=True)])
+        return opened, {field: self._opened(name, field, each) for field, each in kwargs.items()}
+
+    def _opened(self, name: str, field: str, value: Any) -> Any:
+        if isinstance(value, Unopened):
+            try:
+                return self._open(value)
+            except DataError:
+                raise
+            except ValueError as error:
+                raise PayloadInvalid(name, [problem(field, str(error), value.source)]) from None
+        if isinstance(value, list | tuple):
+            return type(value)([self._opened(name, f"{field}.{n}", each) for n, each in enumerate(value)])
+        if isinstance(value, dict):
+            return {key: self._opened(name, f"{field}.{key}", each) for key, each in value.items()}
+        if isinstance(value, BaseModel):
+            for key, each in vars(value).items():  # not by assignment: a model may be frozen
+                vars(value)[key] = self._opened(name, f"{field}.{key}", each)
+        return value
+
+    def _open(self, unopened: Unopened) -> Any:
+        source = unopened.source
+        spec = unopened.spec
+        if not isinstance(spec, ArraySpec):
+            return unopened.open()
+        if isinstance(source, DeviceArray):
+            array = self._held(source)
+        elif isinstance(source, ArrayRef):
+            array = self._fetched(source)
+        else:
+            return unopened.open()
+        if spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
+            raise ValueError("expected finite numbers, found NaN or an infinity")
+        return spec.cast(array)
+
+    def _fetched(self, ref: ArrayRef) -> Any:
+        return self._device.receive(self.stores.pieces(ref), ref.shape, ref.dtype)
+
+    def _held(self, handle: DeviceArray) -> Any:
+        """The array that a body has left here, or else its copy."""
+        try:
+            return handle.on_device()
+        except HandleLost:
+            if handle.kept is None:
+                raise
+            return self._fetched(handle.kept)
+
+    # results
+
+    def sendable(self, task: "LoadedTask", value: Any, stays: bool, context: dict[str, Any]) -> Any:
+        """A result as its task's mark says: its arrays stay here if they may, or go to the store, or neither."""
+        if task.result == "device" and stays:
+            info = context.get("delivery_info") or {}
+            route = str(info.get("exchange") or ""), str(info.get("routing_key") or "")
+            return self.kept(value, task.keep_copy, route)
+        return value if task.result == "value" else self.stored(value)
+
+    def stored(self, value: Any) -> Any:
+        """`value` with a reference in the place of each array and of bytes, also inside lists, tuples and dicts.
+
+        Raises:
+            DataRefused, StoreUnavailable: as their docstrings say.
+        """
+        return _with_arrays(value, self._stored, self.stores.put_bytes)
+
+    def kept(self, value: Any, with_copy: bool, route: tuple[str, str]) -> Any:
+        """`value` with a handle in the place of each array, all of which stay on the device; `route` leads back here.
+
+        Raises:
+            DataRefused, StoreUnavailable: a copy could not be put; then nothing stays.
+        """
+        results = device_results.shared
+        self._kept.clear()
+
+        def keep(array: Any) -> DeviceArray:
+            array = self._device.to_device(array)
+            copy = self.stores.put(self._device.to_host(array), self._copy_keep_s) if with_copy else None
+            name = results.put(array, self._keep_s)
+            self._kept.append(name)
+            return DeviceArray(
+                id=name, actor=self._actor, executor=results.executor, dtype=array.dtype.str, shape=array.shape,
+                size_bytes=array.nbytes, expires_at=time.time() + self._keep_s, kept=copy, route=route,
+            )  # fmt: skip
+
+        return _with_arrays(value, keep, bytes)  # bytes were never on a device
+
+    def undo(self) -> None:
+        """The last value cannot be sent: nothing of it stays."""
+        device_results.shared.drop(self._kept)
+        self._kept.clear()
+
+    def _stored(self, array: Any) -> ArrayRef:
+        return self.stores.put(self._device.to_host(array))
+
+
+def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
+    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts."""
+    if is_device_array(value) or isinstance(value, numpy.ndarray):
+        return convert(value)
+    if isinstance(value, bytes):
+        return of_bytes(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_with_arrays(each, convert, of_bytes) for each in value])
+    if isinstance(value, dict):
+        return {key: _with_arrays(each, convert, of_bytes) for key, each in value.items()}
+    return value
+
+
+_current: Opener | None = None
+
+
+def use(opener: Opener) -> None:
+    """Make it the one of this process."""
+    global _current
+    _current = opener
+
+
+def current() -> Opener:
+    """The one of this executor."""
+    if _current is None:
+        raise RuntimeError("only an executor opens arrays on a device")
+    return _current
