@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 5
+PROTOCOL = 6
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -29,7 +29,7 @@ class Release(NamedTuple):
 
 
 class TaskCall(NamedTuple):
-    """One task inside a call; `payload` is the pickled (args, kwargs, request context)."""
+    """One task inside a call; `payload` is the pickled (args, kwargs, request context, whether to check them)."""
 
     token: str  # unique per execution, so that nothing late ever hits a second one; before its last dot: of the task
     name: str

@@ -4,6 +4,7 @@ In the executor a marked task keeps its class's ``__call__`` and its body; what 
 pydantic) stays in the driver. Whatever a body asks of Celery (retry, replace, update_state) becomes data.
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -17,6 +18,7 @@ from celery.app.trace import setup_worker_optimizations
 from actors.batching import Batch, batch_of, run_batch
 from actors.bodies import has_custom_call, innermost, is_pydantic
 from actors.contract import Release
+from actors.reading import Reader
 from actors.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -25,10 +27,14 @@ logger = logging.getLogger(__name__)
 class LoadedTask:
     """One task as the executor runs it."""
 
-    __slots__ = ("_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "streams", "task")
+    __slots__ = (
+        "__dict__", "_body", "_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "streams",
+        "task",
+    )  # fmt: skip
 
     def __init__(self, task: Any, wishes: Wishes) -> None:
         body = innermost(task)
+        self._body = body
         self.name: str = task.name
         self.task = task
         self.batch: Batch | None = batch_of(body)
@@ -41,6 +47,11 @@ class LoadedTask:
         wishes.install(task)
         self._has_call = has_custom_call(task)
         self.call: Callable[..., Any] = task if self._has_call else body
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """Reads what came closed."""
+        return Reader(self.name, self._body)
 
     @property
     def may_run_twice(self) -> bool:

@@ -19,6 +19,7 @@ from celery.app.task import Context
 
 from actors import outcomes, residents
 from actors.admission import Admission
+from actors.closed import is_closed
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_DEVICE_FAULTY,
@@ -138,13 +139,13 @@ class Runner:
         """
         most = loaded.batch.max_size if loaded.batch else loaded.streams
         if most == 1:
-            return [_Item(tasks[index].token, *pickle.loads(tasks[index].payload))]
+            return [_unpickled(tasks[index])]
         items: list[_Item] = []
         for number, task in enumerate(tasks[index : index + most], index):
             if number > index and (not _may_join(loaded, tasks[index], task) or self._journal.is_cancelled(number)):
                 break
             try:
-                items.append(_Item(task.token, *pickle.loads(task.payload)))
+                items.append(_unpickled(task))
             except Exception:
                 if not items:
                     raise
@@ -158,16 +159,20 @@ class Runner:
         return items[: self._admission.admit(loaded.memory_bytes, len(items), self._used_by(loaded))]
 
     def _run_alone(self, loaded: LoadedTask, item: "_Item", first: int) -> Outcome:
-        result = self._guarded(loaded, loaded.call, item, first)
+        call = self._call_of(loaded, item)
+        result = self._guarded(loaded, call, item, first)
         if result.out_of_memory and loaded.may_run_twice:
             self._make_room(result.used)
-            result = self._guarded(loaded, loaded.call, item, first)
+            result = self._guarded(loaded, call, item, first)
         return self._outcome(item.token, loaded, result, 1)
 
     def _run_vectorised(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
         pairs = [(item.args, item.kwargs) for item in items]
-        result = self._guarded(loaded, loaded.run_items, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
+        call: Any = loaded.run_items
+        if any(item.is_closed for item in items):
+            call = loaded.reader.reading_items(call, items[0].checks)
+        result = self._guarded(loaded, call, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
             for item, value in zip(items, result.value, strict=True):
@@ -196,7 +201,7 @@ class Runner:
                 break
             begun = time.monotonic_ns()
             with stream:
-                result = self._guarded(loaded, loaded.call, item, first, count, waits=False)
+                result = self._guarded(loaded, self._call_of(loaded, item), item, first, count, waits=False)
             launched.append((item, stream, result))
         del result  # or its arrays would stay until all have ended
         count, short = len(launched), []
@@ -213,7 +218,11 @@ class Runner:
             yield outcome
         for item, used, index in short:
             self._make_room(used)
-            yield self._outcome(item.token, loaded, self._guarded(loaded, loaded.call, item, index), 1)
+            result = self._guarded(loaded, self._call_of(loaded, item), item, index)
+            yield self._outcome(item.token, loaded, result, 1)
+
+    def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
+        return loaded.reader.reading(loaded.call, item.checks) if item.is_closed else loaded.call
 
     def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
         """A launched body's result when its stream has ended; a late error of the device is the body's."""
@@ -343,6 +352,8 @@ class _Item(NamedTuple):
     args: Any
     kwargs: Any
     context: dict[str, Any]
+    checks: bool  # whether the driver has left that to us
+    is_closed: bool  # some argument
 
 
 class _Result(NamedTuple):
@@ -353,6 +364,11 @@ class _Result(NamedTuple):
     used: tuple[str, ...]  # names of residents
     logs: tuple[LogLine, ...] = ()
     wishes: bytes = b""
+
+
+def _unpickled(task: TaskCall) -> _Item:
+    args, kwargs, context, checks = pickle.loads(task.payload)
+    return _Item(task.token, args, kwargs, context, checks, is_closed(args, kwargs))
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

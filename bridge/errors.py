@@ -22,7 +22,13 @@
         ├── ResultInvalid             the body returned what cannot be sent
         ├── RemoteTaskError           the body raised what cannot be rebuilt here
         ├── NoSuitableGpu             GPUs are there, and none has what the task asks for
-        └── ClusterUnavailable        no cluster for too long
+        ├── ClusterUnavailable        no cluster for too long
+        └── DataError                 data that travel by reference
+            ├── DataLost                the reference points to nothing any more
+            ├── DataCorrupt             truncated, or another checksum
+            ├── DataRefused             a place or a size that is not allowed
+            ├── StoreUnavailable        the store does not answer
+            └── HandleLost              an array that stayed on a device is gone with it
 
 Every class passes all its arguments to ``super().__init__`` and makes its text in ``__str__``: so it survives pickle
 and Celery's JSON results. `retryable` says whether sending the same task again can help.
@@ -30,14 +36,15 @@ and Celery's JSON results. `retryable` says whether sending the same task again 
 
 from typing import ClassVar
 
-
-class BridgeError(Exception):
-    """Base of all errors of the bridge."""
-
-    retryable: ClassVar[bool] = False
-
-    def __str__(self) -> str:
-        return " ".join(str(arg) for arg in self.args)
+from actors.errors import BridgeError as BridgeError
+from actors.errors import DataCorrupt as DataCorrupt
+from actors.errors import DataError as DataError
+from actors.errors import DataLost as DataLost
+from actors.errors import DataRefused as DataRefused
+from actors.errors import HandleLost as HandleLost
+from actors.errors import PayloadInvalid as PayloadInvalid
+from actors.errors import StoreUnavailable as StoreUnavailable
+from actors.errors import TaskError as TaskError
 
 
 class StartupError(BridgeError):
@@ -104,28 +111,6 @@ class StandaloneFailed(StartupError):
     """``--standalone`` could not start Redis or Ray."""
 
     exit_code = 73
-
-
-class TaskError(BridgeError):
-    """What one task ends with; the worker and its other tasks go on."""
-
-
-class PayloadInvalid(TaskError):
-    """Arguments that do not fit the task's signature; checked before any GPU is touched and never retried.
-
-    Args:
-        task: the task's name.
-        problems: one dict each: ``field`` (dotted path), ``reason``, ``received`` (a type name, never the value).
-    """
-
-    def __init__(self, task: str, problems: list[dict[str, str]]) -> None:
-        super().__init__(task, problems)
-        self.task = task
-        self.problems = problems
-
-    def __str__(self) -> str:
-        listed = "; ".join(f"{p['field']}: {p['reason']} (received {p['received']})" for p in self.problems)
-        return f"{self.task}: invalid payload: {listed}"
 
 
 class MessageInvalid(TaskError):

@@ -181,8 +181,14 @@ def drop_unreadable(error: Exception, is_message: bool) -> None:
 # ---- on its way to Celery
 
 
-def guarded(consumer: Any, handle: Callable[[Any], Any], limit: int) -> Callable[[Any], Any]:
-    """The consumer's message handler, which raises only what concerns the connection."""
+def guarded(
+    consumer: Any, handle: Callable[[Any], Any], limit: int, close: Callable[[Any], None] = lambda _: None
+) -> Callable[[Any], Any]:
+    """The consumer's message handler, which raises only what concerns the connection.
+
+    Args:
+        close: called with each message that is let in, before its body is decoded.
+    """
     # KeyError is among kombu's connection errors since 5.7: one message would break the connection again and again.
     passes = tuple(
         each for each in (*consumer.connection_errors, *consumer.connection.channel_errors) if each is not KeyError
@@ -192,6 +198,7 @@ def guarded(consumer: Any, handle: Callable[[Any], Any], limit: int) -> Callable
         error = refusal(message, limit)
         if error is None:
             try:
+                close(message)
                 return handle(message)
             except passes:
                 raise

@@ -18,7 +18,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Run(NamedTuple):
-    """Worker to driver: trace this request. `body` is the message's, still encoded unless it came decoded."""
+    """Worker to driver: trace this request. `body` is the message's: encoded, its `Texts`, or decoded if it came so."""
 
     serial: int
     task: str

@@ -5,6 +5,7 @@ back until the outcome is there; and storing that outcome, before any hook, wait
 are stored together (`bridge/results.py`). So no two tasks ever interleave inside a hook or other code of the user.
 """
 
+import functools
 import inspect
 import logging
 import pickle
@@ -17,14 +18,17 @@ import greenlet
 from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
+from actors import closed
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
+from actors.closed import Texts
 from actors.contract import Outcome, Pending, Reason
+from actors.validation import Check, checker
+from bridge.closing import may_stay_closed
 from bridge.dead_letters import Crash
-from bridge.errors import BridgeError, TaskPoisoned
+from bridge.errors import BridgeError, PayloadInvalid, TaskPoisoned
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
-from bridge.validation import Check, checker
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class _Tracer(greenlet.greenlet):
     refusal: BridgeError | None = None  # raised in the body's place
     forwarded = False  # the body has had its turn
     has_outcome = False  # it has ended, and the tracer has not stored its outcome yet
+    checks_there = False  # arguments that came closed are checked where they are read
     waits = False  # for that to be stored: it takes no other news
 
 
@@ -155,7 +160,8 @@ class Tracing:
         if tracer.refusal is not None:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
-        task.payload = _payload(args, kwargs, vars(celery_task.request), task.run.request)
+        request = vars(celery_task.request)
+        task.payload = _payload(args, kwargs, request, task.run.request, tracer.checks_there)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
@@ -167,13 +173,20 @@ class Tracing:
         tracer.has_outcome = True
         if isinstance(outcome, BridgeError):
             raise _final(celery_task, outcome)
-        return resolve(celery_task, outcome)
+        try:
+            return resolve(celery_task, outcome)
+        except PayloadInvalid as error:  # what can be seen on the GPU node only
+            raise _final(celery_task, error) from error.__cause__
 
     def _trace(self, task: TracedTask) -> None:
         """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
         run = task.run
         try:
-            result = fast_trace_task(run.task, run.id, run.request, run.body, run.content_type, run.content_encoding)
+            body, content_type = run.body, run.content_type
+            if isinstance(body, Texts):
+                stays = may_stay_closed(self._tasks[run.task])
+                body, content_type = (body.values(), None) if stays else (body.joined(), content_type)
+            result = fast_trace_task(run.task, run.id, run.request, body, content_type, run.content_encoding)
         except greenlet.GreenletExit:
             return  # ended from outside, and answered there
         except BaseException as error:
@@ -191,18 +204,19 @@ class _Final(BaseException):
 
 
 def _final(task: Any, error: BridgeError) -> BaseException:
-    return _Final(error) if isinstance(error, TaskPoisoned) and hasattr(task, "_orig_run") else error
+    return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
-def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> bytes:
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any], checks: bool) -> bytes:
     """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
     context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
     context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
+    dumps = closed.dumps if closed.is_closed(args, kwargs) else functools.partial(pickle.dumps, protocol=5)
     try:
-        return pickle.dumps((args, kwargs, context), 5)
+        return dumps((args, kwargs, context, checks))
     except Exception:  # what a hook has put there belongs to this process
         context = {key: value for key, value in context.items() if key in sent or key == "args"}
-        return pickle.dumps((args, kwargs, context), 5)
+        return dumps((args, kwargs, context, checks))
 
 
 def einfo(error: BaseException) -> ExceptionInfo:
@@ -242,7 +256,7 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
 
 
 def _without_final(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Outside of autoretry: a poisoned task ends."""
+    """Outside of autoretry: a task that is poisoned or can never fit ends."""
 
     def ended(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -258,7 +272,11 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
     """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = check(args, kwargs)
+        tracer = greenlet.getcurrent()
+        if isinstance(tracer, _Tracer) and closed.is_closed(args, kwargs):
+            tracer.checks_there = True
+        else:
+            args, kwargs = check(args, kwargs)
         return run(*args, **kwargs)
 
     checked.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]

@@ -10,9 +10,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from actors.bodies import innermost
+from actors.validation import checker
 from bridge.errors import PayloadInvalid
 from bridge.marks import find_marks
-from bridge.validation import checker
 from celery_app import app
 
 app.loader.import_default_modules()
