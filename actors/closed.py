@@ -18,8 +18,9 @@ SMALL_BYTES = 1024
 #: Characters of a text that stand for it in logs.
 SHOWN = 80
 
-#: What may stand for `__type__`, which makes kombu's objects of JSON's: the word, or an escaped ASCII character of it.
-_KOMBUS_OWN = (b"__type__", b"\\u00")
+#: What may stand for `__type__`, which makes kombu's objects of JSON's: the word, or an escaped ASCII character of it;
+#: after a single byte, for which most bodies can be searched much faster.
+_KOMBUS_OWN = ((b"_", b"__type__"), (b"\\", b"\\u00"))
 _PARTS = msgspec.json.Decoder(tuple[list[msgspec.Raw], dict[str, msgspec.Raw], msgspec.Raw])
 _VALUE = msgspec.json.Decoder()
 
@@ -52,7 +53,7 @@ def split(body: bytes) -> Texts | None:
     All of it is looked at, and nested no deeper than Python's recursion limit. Left to kombu is what Python's own
     `json` takes beyond the standard (NaN, lone surrogates) and what kombu makes objects of its own of.
     """
-    if any(mark in body for mark in _KOMBUS_OWN):
+    if any(first in body and mark in body for first, mark in _KOMBUS_OWN):
         return None
     try:
         if not body.isascii():

@@ -116,6 +116,7 @@ class GroupedQoS(RenewingQoS):
             return
         answer = self.channel.note(message, delivery_tag)
         if answer is None:
+            self.channel.complete(message)
             super().append(message, delivery_tag)
         else:  # in the order of their arrival, in which kombu gives them back
             virtual.QoS.append(self, message, delivery_tag)
@@ -278,6 +279,7 @@ class GroupedChannel(BoundedChannel):
             return True
         finally:
             self._reads = False
+            self.forget_brpop()
             self._deliver_taken()
 
     def _read_answer(self) -> bool:
@@ -313,13 +315,18 @@ class GroupedChannel(BoundedChannel):
         if not self._reads or not self._may_take():
             return None
         info, count = message.delivery_info, self.qos.room - 1  # type: ignore[attr-defined]
-        text = dumps([message._raw, info["exchange"], info["routing_key"]])
+        text = self._noted_as(message, info["exchange"], info["routing_key"])
         keys, arguments, queues = self._question(count, delivery_tag, text)
         try:
             return self._take(keys, arguments, client=self.plain_client), queues, count
         except ResponseError as error:
             self._refused(error)
             return None
+
+    def _noted_as(self, message: Any, exchange: str, routing_key: str) -> bytes:
+        """What kombu would note of a message: the text it came as saves writing a large one anew."""
+        raw = self.brpop_text or dumps(message._raw).encode()
+        return b"[%b, %b, %b]" % (raw, dumps(exchange).encode(), dumps(routing_key).encode())
 
     def _may_take(self) -> bool:
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
@@ -333,7 +340,7 @@ class GroupedChannel(BoundedChannel):
         logger.warning("Redis refused a script: %r; messages are taken one by one for a while", error)
         self._refused_until = time.monotonic() + REFUSED_PAUSE_S
 
-    def _question(self, count: int, tag: Any = "", text: str = "") -> tuple[list[str], list[Any], list[str]]:
+    def _question(self, count: int, tag: Any = "", text: bytes = b"") -> tuple[list[str], list[Any], list[str]]:
         """Keys and arguments of the script, and the queues it may take from."""
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
         queues: list[str] = cycle.consume(len(self.active_queues)) if count > 0 else []  # type: ignore[attr-defined]
