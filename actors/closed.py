@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import msgspec
 from kombu.utils import json as kombu_json
 
+from actors.frames import Part
+
 #: A shorter list or object, in bytes of text, is not worth staying closed.
 SMALL_BYTES = 1024
 #: Characters of a text that stand for it in logs.
@@ -39,7 +41,7 @@ class Texts(NamedTuple):
         return b"[[%b], {%b}, %b]" % (args, kwargs, bytes(self.embed))
 
     def __reduce__(self) -> Any:
-        return Texts, ([bytes(t) for t in self.args], {k: bytes(t) for k, t in self.kwargs.items()}, bytes(self.embed))
+        return _texts, ([*map(_sent, self.args)], {k: _sent(t) for k, t in self.kwargs.items()}, bytes(self.embed))
 
     def values(self) -> tuple[list[Any], dict[str, Any], Any]:
         """What Celery takes for the decoded body: what is large stays closed."""
@@ -137,19 +139,37 @@ class ClosedDict(Closed, Mapping[str, Any]):
     __slots__ = ()
 
 
+def _sent(text: Any) -> Any:
+    return Part(text) if memoryview(text).nbytes > SMALL_BYTES else bytes(text)
+
+
+def _received(text: Any) -> Any:
+    return text.view if isinstance(text, Part) else text
+
+
+def _texts(args: list[Any], kwargs: dict[str, Any], embed: bytes) -> Texts:
+    return Texts([*map(_received, args)], {name: _received(text) for name, text in kwargs.items()}, embed)
+
+
 def _as_it_is(value: Closed) -> Any:
-    return type(value), (bytes(value.text),)
+    return type(value), (pickle.PickleBuffer(value.text),)
 
 
 class _Pickler(pickle.Pickler):
     dispatch_table = copyreg.dispatch_table | {ClosedList: _as_it_is, ClosedDict: _as_it_is}
 
 
-def dumps(value: Any) -> bytes:
-    """Pickle for a process of the bridge: what is closed stays closed."""
+def dumps(value: Any) -> tuple[bytes, tuple[Part, ...]]:
+    """Pickle for a process of the bridge: what is closed stays closed, and its texts lie beside."""
     buffer = io.BytesIO()
-    _Pickler(buffer, 5).dump(value)
-    return buffer.getvalue()
+    parts: list[Part] = []
+    _Pickler(buffer, 5, buffer_callback=lambda part: parts.append(Part(part.raw()))).dump(value)
+    return buffer.getvalue(), tuple(parts)
+
+
+def loads(data: bytes, parts: Sequence[Part]) -> Any:
+    """What `dumps` was given."""
+    return pickle.loads(data, buffers=[part.view for part in parts])
 
 
 def is_closed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -8,6 +8,8 @@ import signal
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
+from actors.frames import Part
+
 #: Raised with every incompatible change of this file; an actor of another version is not used.
 PROTOCOL = 6
 
@@ -29,13 +31,20 @@ class Release(NamedTuple):
 
 
 class TaskCall(NamedTuple):
-    """One task inside a call; `payload` is the pickled (args, kwargs, request context, whether to check them)."""
+    """One task inside a call; `payload` is the pickled (args, kwargs, request context)."""
 
     token: str  # unique per execution, so that nothing late ever hits a second one; before its last dot: of the task
     name: str
     payload: bytes
     soft_limit_s: float | None
     hard_limit_s: float | None
+    texts: tuple[Part, ...] = ()  # of arguments that stay closed, to which the payload refers
+    checks: bool = False  # whether the executor checks the arguments, for it alone reads them
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its arguments, about."""
+        return len(self.payload) + sum(map(len, self.texts))
 
 
 class Call(NamedTuple):

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import outcomes, residents
+from actors import closed, outcomes, residents
 from actors.admission import Admission
-from actors.closed import is_closed
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_DEVICE_FAULTY,
@@ -367,8 +366,8 @@ class _Result(NamedTuple):
 
 
 def _unpickled(task: TaskCall) -> _Item:
-    args, kwargs, context, checks = pickle.loads(task.payload)
-    return _Item(task.token, args, kwargs, context, checks, is_closed(args, kwargs))
+    args, kwargs, context = closed.loads(task.payload, task.texts)
+    return _Item(task.token, args, kwargs, context, task.checks, bool(task.texts))
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

@@ -5,7 +5,6 @@ back until the outcome is there; and storing that outcome, before any hook, wait
 are stored together (`bridge/results.py`). So no two tasks ever interleave inside a hook or other code of the user.
 """
 
-import functools
 import inspect
 import logging
 import pickle
@@ -22,6 +21,7 @@ from actors import closed
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.closed import Texts
 from actors.contract import Outcome, Pending, Reason
+from actors.frames import Part
 from actors.validation import Check, checker
 from bridge.closing import may_stay_closed
 from bridge.dead_letters import Crash
@@ -38,6 +38,10 @@ LAST_WORDS = 4
 SLOW_S = 1.0
 
 
+#: Pickled arguments and request of a body, and the texts of what stays closed in it.
+Payload = tuple[bytes, tuple[Part, ...]]
+
+
 class TracedTask:
     """One request in the driver."""
 
@@ -47,6 +51,7 @@ class TracedTask:
         "announced",
         "attempt",
         "cancelled",
+        "checks",
         "crashes",
         "how",
         "losses",
@@ -63,7 +68,8 @@ class TracedTask:
         self.attempt = 0
         self.token = f"{run.serial}.0"
         self.tracer: _Tracer | None = None
-        self.payload: bytes | None = None  # set while `forward` waits for the outcome
+        self.payload: Payload | None = None  # set while `forward` waits for the outcome
+        self.checks = False  # whether the executor checks the arguments
         self.accepted = False  # its call is with an actor
         self.announced = run.announced  # the worker has been told so, by this driver or an earlier one
         self.alone = False  # it was running when an executor died, alone or with others: it shares no run any more
@@ -161,7 +167,8 @@ class Tracing:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
         request = vars(celery_task.request)
-        task.payload = _payload(args, kwargs, request, task.run.request, tracer.checks_there)
+        task.payload = _payload(args, kwargs, request, task.run.request)
+        task.checks = tracer.checks_there
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
@@ -207,16 +214,20 @@ def _final(task: Any, error: BridgeError) -> BaseException:
     return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
-def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any], checks: bool) -> bytes:
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> Payload:
     """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
     context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
     context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
-    dumps = closed.dumps if closed.is_closed(args, kwargs) else functools.partial(pickle.dumps, protocol=5)
+    dumps = closed.dumps if closed.is_closed(args, kwargs) else _dumps
     try:
-        return dumps((args, kwargs, context, checks))
+        return dumps((args, kwargs, context))
     except Exception:  # what a hook has put there belongs to this process
         context = {key: value for key, value in context.items() if key in sent or key == "args"}
-        return dumps((args, kwargs, context, checks))
+        return dumps((args, kwargs, context))
+
+
+def _dumps(value: Any) -> Payload:
+    return pickle.dumps(value, 5), ()
 
 
 def einfo(error: BaseException) -> ExceptionInfo:
