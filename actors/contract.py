@@ -222,6 +222,16 @@ class Reason(IntEnum):
     KILL = 3  # its executor ends at once
 
 
+class StoreConfig(NamedTuple):
+    """Where large data lie; seconds and bytes."""
+
+    url: str | None = None  # of Redis, or a root that fsspec opens; None is the app's own Redis
+    roots: tuple[str, ...] = ()  # below which references to files and URLs are read
+    keep_s: float = 3600.0
+    timeout_s: float = 10.0
+    limit_bytes: int = 1 << 34  # one array, at most
+
+
 class Config(NamedTuple):
     """What an executor is started with."""
 
@@ -232,6 +242,7 @@ class Config(NamedTuple):
     log_limit_bytes: int
     resident_limit: str  # of residents, in bytes or as a share of the device's memory
     left_limit: str = "25%"  # of what bodies leave behind on the device, likewise
+    stores: StoreConfig = StoreConfig()
 
 
 #: The step of start-up in which an executor touches its device for the first time.

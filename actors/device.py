@@ -7,7 +7,7 @@ is called in the Celery worker, the driver or the actor: they never touch CUDA.
 import importlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -110,6 +110,10 @@ class CpuDevice:
     def to_host(self, array: Any) -> Any:
         """The array itself; one that a body has made with CuPy all the same is copied."""
         return array.get() if is_device_array(array) else numpy.asarray(array)
+
+    def receive(self, pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> Any:
+        """A new NumPy array."""
+        return _received(pieces, shape, dtype)
 
 
 class _CpuStream:
@@ -239,6 +243,23 @@ class CudaDevice:
         if isinstance(array, self._cupy.ndarray) and is_worth_it(array):
             return self._copies.to_host(self._cupy.ascontiguousarray(array))
         return array.get()
+
+    def receive(self, pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> Any:
+        """A new CuPy array; of a large one each piece is on its way to the device while the next one comes in."""
+        target = self._cupy.empty(shape, numpy.dtype(dtype).newbyteorder("="))
+        if numpy.dtype(dtype).isnative and is_worth_it(target):
+            self._copies.fill(target, pieces)
+            return target
+        return self._cupy.asarray(_received(pieces, shape, dtype))
+
+
+def _received(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "numpy.ndarray[Any, Any]":
+    target = numpy.empty(shape, dtype)
+    flat, start = target.reshape(-1).view(numpy.uint8) if target.size else numpy.empty(0, numpy.uint8), 0
+    for piece in pieces:
+        flat[start : start + len(piece)] = numpy.frombuffer(piece, numpy.uint8)
+        start += len(piece)
+    return target if target.dtype.isnative else target.astype(target.dtype.newbyteorder("="))
 
 
 class _CudaStream:

@@ -1,6 +1,6 @@
 """What the executor needs of a device, whichever it is; `actors/device.py` has the two that there are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
@@ -97,4 +97,12 @@ class Device(Protocol):
 
     def to_host(self, array: Any) -> Any:
         """A NumPy array with the same contents, complete when this returns."""
+        ...
+
+    def receive(self, pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> Any:
+        """A new array of `xp` from its bytes, which come in pieces; in native byte order.
+
+        Raises:
+            ValueError: more bytes than the array has. Fewer are not noticed: who sends them counts.
+        """
         ...

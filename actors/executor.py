@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import _state as celery_state
 
-from actors import frames, residents
+from actors import arrays, frames, residents
 from actors.contract import (
     EXIT_NOT_STARTED,
     STEP_DEVICE,
@@ -74,6 +74,7 @@ class Executor:
         self._say(Step("importing the app"))
         sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
         app = load_app(self._config.release)
+        arrays.keeps_forms = True
         celery_state._set_task_join_will_block(True)  # as in a prefork child: a body must not wait for other tasks
         self._runner.load(app)
         self._say(Step(STEP_DEVICE))

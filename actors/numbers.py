@@ -7,6 +7,9 @@ import simdjson
 
 #: What numbers and white space are made of; without them a list of numbers is brackets and commas.
 _OF_NUMBERS = b"0123456789+-.eE \t\r\n"
+#: A parser keeps what it has needed for the longest text, many times its length: up to here one is kept.
+_KEPT_BYTES = 8 << 20
+_parser = simdjson.Parser()
 _BUFFERS: tuple[tuple[Literal["i", "d"], Any], ...] = (("i", numpy.int64), ("d", numpy.float64))
 
 
@@ -22,8 +25,9 @@ def array_of(text: Any, as_floats: bool) -> "numpy.ndarray[Any, Any] | None":
         of different lengths, nothing at all, integers beyond 64 bits.
     """
     data = bytes(text)
+    parser = _parser if len(data) <= _KEPT_BYTES else simdjson.Parser()
     try:
-        parsed = simdjson.Parser().parse(data)
+        parsed = parser.parse(data)
     except (ValueError, RuntimeError, RecursionError):
         return None
     if not isinstance(parsed, simdjson.Array):

@@ -7,7 +7,7 @@ Never imports CuPy: `actors/device.py` passes it in. Interrupts wait until a cop
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -54,6 +54,20 @@ class PinnedCopies:
                 flat[start:end].set(piece, stream=stream)
                 slab.copied.record(stream)
         return target
+
+    def fill(self, target: Any, pieces: Iterable[Any]) -> None:
+        """Fill a C-contiguous device array with bytes that come in pieces; the lock is free while one is waited for."""
+        stream, flat, start = self._cupy.cuda.get_current_stream(), _as_bytes(target), 0
+        for whole in pieces:
+            source = numpy.frombuffer(whole, numpy.uint8)
+            for first, last in _pieces(source.nbytes):
+                with self._lock:
+                    slab = self._next_slab()
+                    piece = slab.bytes[: last - first]
+                    piece[:] = source[first:last]
+                    flat[start : start + piece.nbytes].set(piece, stream=stream)
+                    slab.copied.record(stream)
+                start += piece.nbytes
 
     def to_host(self, array: Any) -> "numpy.ndarray[Any, Any]":
         """A NumPy array with the contents of a C-contiguous device array, complete when this returns."""

@@ -60,14 +60,14 @@ class Reader:
             PayloadInvalid: as `checker` says, or a number that Python takes for too long.
         """
         names = [*self._names[: len(args)], *(f"argument {n + 1}" for n in range(len(self._names), len(args)))]
-        args = tuple(self._value(name, each) for name, each in zip(names, args, strict=True))
-        kwargs = {name: self._value(name, each) for name, each in kwargs.items()}
+        args = tuple(self._value(name, each, checks) for name, each in zip(names, args, strict=True))
+        kwargs = {name: self._value(name, each, checks) for name, each in kwargs.items()}
         return self._check(args, kwargs) if checks else (args, kwargs)
 
-    def _value(self, name: str, value: Any) -> Any:
+    def _value(self, name: str, value: Any, checks: bool) -> Any:
         if not isinstance(value, Closed):
             return value
-        spec = self._specs.get(name)
+        spec = self._specs.get(name) if checks else None
         if spec is not None and isinstance(value, ClosedList):
             array = array_of(value.text, as_floats=spec.dtype is not None and spec.dtype[1] == "f")
             if array is not None:

@@ -28,7 +28,8 @@ class LoadedTask:
     """One task as the executor runs it."""
 
     __slots__ = (
-        "__dict__", "_body", "_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "streams",
+        "__dict__", "_body", "_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "result",
+        "streams",
         "task",
     )  # fmt: skip
 
@@ -42,6 +43,7 @@ class LoadedTask:
         self.memory_bytes = int(getattr(gpu, "memory", None) or 0)
         self.streams: int = 1 if self.batch else getattr(gpu, "streams", 1)
         self.example: tuple[Any, ...] | None = getattr(gpu, "example", None)
+        self.result: str = getattr(gpu, "result", "value")
         self.keeps_models = is_pydantic(task)  # Celery's wrapper dumps them, in the driver
         task.run = body
         wishes.install(task)

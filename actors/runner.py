@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import closed, outcomes, residents
+from actors import arrays, closed, outcomes, residents
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -31,9 +31,11 @@ from actors.contract import (
     TaskCall,
 )
 from actors.device_api import Device, Stream
+from actors.errors import DataError
 from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
+from actors.opening import Opener
 from actors.release import LoadedTask, connection_closer, load_tasks
 from actors.sizes import readable
 from actors.wishes import Wishes
@@ -70,6 +72,7 @@ class Runner:
     def load(self, app: Any) -> None:
         """Take the release's tasks and what they log."""
         self._logs.install(app)
+        self._app = app
         self.close_connections = connection_closer(app)
         self._tasks = load_tasks(app, self._config.release, self._wishes)
 
@@ -77,6 +80,8 @@ class Runner:
         """Run bodies on this device."""
         self._device = device
         self._admission = Admission(device, residents.shared)
+        self._opener = Opener(self._app, self._config.stores, device)
+        arrays.opener = self._opener.stores.get
 
     def run_examples(self) -> None:
         """Run the example of each task that has one."""
@@ -171,6 +176,8 @@ class Runner:
         call: Any = loaded.run_items
         if any(item.is_closed for item in items):
             call = loaded.reader.reading_items(call, items[0].checks)
+        if any(item.has_arrays for item in items):
+            call = self._opener.opening_items(loaded.task, call)
         result = self._guarded(loaded, call, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
@@ -221,7 +228,8 @@ class Runner:
             yield self._outcome(item.token, loaded, result, 1)
 
     def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
-        return loaded.reader.reading(loaded.call, item.checks) if item.is_closed else loaded.call
+        call = loaded.reader.reading(loaded.call, item.checks) if item.is_closed else loaded.call
+        return self._opener.opening(loaded.task, call) if item.has_arrays else call
 
     def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
         """A launched body's result when its stream has ended; a late error of the device is the body's."""
@@ -334,7 +342,11 @@ class Runner:
                 failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
-            value = pickle.dumps(outcomes.plain(result.value, loaded.keeps_models), 5)
+            value = self._opener.stored(result.value) if loaded.result == "ref" else result.value
+            value = pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
+        except DataError as error:  # the store has not taken it: the task's own error, by which it may be sent again
+            failed = outcomes.failure(token, error, Runner._enter_body.__code__, False, result.run_s)
+            return failed._replace(logs=logs, wishes=wishes)
         except Exception as error:
             message = f"{type(result.value).__name__}: {error}"[: outcomes.TEXT_LIMIT]
             return Failed(
@@ -351,8 +363,9 @@ class _Item(NamedTuple):
     args: Any
     kwargs: Any
     context: dict[str, Any]
-    checks: bool  # whether the driver has left that to us
+    has_arrays: bool  # that are to be opened
     is_closed: bool  # some argument
+    checks: bool  # whether the driver has left that to us
 
 
 class _Result(NamedTuple):
@@ -366,8 +379,9 @@ class _Result(NamedTuple):
 
 
 def _unpickled(task: TaskCall) -> _Item:
+    arrays.forget_found()
     args, kwargs, context = closed.loads(task.payload, task.texts)
-    return _Item(task.token, args, kwargs, context, task.checks, bool(task.texts))
+    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()), bool(task.texts), task.checks)
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

@@ -1,7 +1,7 @@
 """In the worker and the driver: which large JSON bodies stay closed, so that only the executor reads their arguments.
 
-Everything in doubt is decoded as ever: other formats, what is not plain JSON, and tasks of which something besides the
-body looks at the arguments.
+Everything in doubt is decoded as ever: other formats, what is not plain JSON, arguments by reference among them (the
+driver deletes what is sent once), and tasks of which something besides the body looks at the arguments.
 """
 
 import inspect
@@ -39,7 +39,9 @@ def close(message: Any, task: Any, limit: int) -> None:
         return
     texts = split(body)
     if texts is not None:
-        message._decoded_cache, message.texts = texts.values(), texts
+        args, kwargs, embed = texts.values()
+        if not any(isinstance(each, dict) and "kind" in each for each in (*args, *kwargs.values())):
+            message._decoded_cache, message.texts = (args, kwargs, embed), texts
 
 
 def texts_of(message: Any) -> Texts | None:

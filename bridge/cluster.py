@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from typing import Any, NamedTuple
 
 import ray
@@ -49,23 +50,34 @@ def find_cluster(address: str | None) -> str:
         raise ClusterNotFound(text[0].lower() + text[1:]) from error
 
 
-def connect(address: str, namespace: str) -> Connected:
-    """Make this process a driver of the cluster.
+def connect(address: str, namespace: str, patience_s: float) -> Connected:
+    """Make this process a driver of the cluster; tried again for `patience_s` while its head listens and is slow.
 
     Raises:
         ClusterNotFound, ClusterAuthFailed, ClusterMismatch: in one line that says what to do.
     """
     token = use_token()
+    deadline = time.monotonic() + patience_s
+    while True:
+        if is_unreadable(token) or is_refused(address):  # Ray itself asks for twenty seconds, and then does not say why
+            raise _auth_failed(address, token)
+        try:
+            _init(address, namespace)
+            break
+        except Exception as error:
+            if time.monotonic() > deadline or type(error) is not ConnectionError or not answers(address):
+                raise _connect_error(error, address, token) from error
+    _warn(address, token)
+    return look(address)
+
+
+def _init(address: str, namespace: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:
-        raise _connect_error(error, address, token) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray installs a handler of its own
-    _warn(address, token)
-    return look(address)
 
 
 def _warn(address: str, token: str) -> None:
@@ -89,15 +101,19 @@ def _connect_error(error: Exception, address: str, token: str) -> StartupError:
             "Use the same versions of both on every node and in the worker"
         )
     unauthenticated = any(word in text.lower() for word in ("auth", "token", "unauthenticated"))
-    if isinstance(error, ray.exceptions.AuthenticationError) or unauthenticated or answers(address):
-        used = f"the token from {token} was refused" if token else "no token was found"
-        if is_unreadable(token):
-            used = f"the token file {token} is empty or cannot be read"
-        return ClusterAuthFailed(
-            f"the Ray cluster at {address} did not let this worker in: {used}. Copy the head's token "
-            f"(`ray get-auth-token` there) to {TOKEN_FILE} with mode 0600, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        )
+    if isinstance(error, ray.exceptions.AuthenticationError) or unauthenticated:
+        return _auth_failed(address, token)
     return ClusterNotFound(f"the Ray cluster at {address} does not answer: {text[:200]}")
+
+
+def _auth_failed(address: str, token: str) -> StartupError:
+    used = f"the token from {token} was refused" if token else "no token was found"
+    if is_unreadable(token):
+        used = f"the token file {token} is empty or cannot be read"
+    return ClusterAuthFailed(
+        f"the Ray cluster at {address} did not let this worker in: {used}. Copy the head's token "
+        f"(`ray get-auth-token` there) to {TOKEN_FILE} with mode 0600, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    )
 
 
 def _versions(text: str) -> str:
@@ -121,13 +137,28 @@ def identity(address: str) -> str | None:
 
     A head without persistence is another one each time it starts, and Ray ends a process that takes it for the old one.
     """
+    try:
+        return str(_gcs(address).cluster_id.hex())
+    except Exception:
+        return None
+
+
+def is_refused(address: str) -> bool:
+    """Whether the head at host:port says that this process's token, or the want of one, is wrong."""
+    try:
+        _gcs(address)
+    except ray.exceptions.AuthenticationError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def _gcs(address: str) -> Any:
     from ray import _raylet  # Ray has no public way to ask
 
     client: Any = _raylet
-    try:
-        return str(client.GcsClient(address=address).cluster_id.hex())
-    except Exception:
-        return None
+    return client.GcsClient(address=address)
 
 
 def look(address: str) -> Connected:

@@ -37,7 +37,7 @@ def cluster(app: Any, marks: dict[str, Mark], settings: Settings) -> Iterator[Fi
     namespace = settings.namespace or f"bridge-{app.main or 'app'}"
     try:
         address = _find(settings)
-        joined = ray_cluster.connect(address, namespace)
+        joined = ray_cluster.connect(address, namespace, settings.connect_wait_s)
     except StartupError as error:
         yield fail("cluster", str(error), _do(error))
         return

@@ -21,7 +21,9 @@ from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
 from billiard.pool import MaybeEncodingError
 from celery.concurrency.prefork import process_destructor, process_initializer
+from celery.exceptions import Ignore, Reject, Retry
 
+from actors import arrays
 from actors.contract import (
     Answer,
     Busy,
@@ -140,7 +142,8 @@ class Driver:
         from bridge.fleet import Fleet  # Ray is loaded here, in the driver, and never in the worker
 
         namespace = s.namespace_of(app)
-        self._blame = Blame(app, s, self._marks, Ledger(app, s, namespace, self._notify), self.id, hostname)
+        self._ledger = Ledger(app, s, namespace, self._notify)
+        self._blame = Blame(app, s, self._marks, self._ledger, self.id, hostname)
         self._config = config
         self._fleet = Fleet(s, namespace, self.id, supersedes, self._config, needs(marks.values()))
 
@@ -430,6 +433,8 @@ class Driver:
         self._tasks.pop(task.run.serial, None)
         self._by_token.pop(task.token, None)
         self._send(message)
+        if task.once and isinstance(message, messages.Done) and not _goes_on(message.result):
+            self._ledger.discard(task.once)
 
     # ---- outcomes
 
@@ -615,6 +620,13 @@ def rule_of(mark: Mark) -> TaskRule:
     return TaskRule(size, wait_s, gpu.streams, gpu.memory or 0, gpu.accelerator or "")
 
 
+def _goes_on(result: Any) -> bool:
+    """Whether a task has another run before it, by what Celery's tracer has returned."""
+    failed, value, _ = result
+    error = value.exception if failed else None  # billiard has wrapped it
+    return isinstance(getattr(error, "exc", error), Retry | Ignore | Reject)
+
+
 def _only_logs(news: Pending) -> Pending:
     wishes = [wish for data in news.wishes for wish in pickle.loads(data)]
     return news._replace(wishes=(pickle.dumps([wish for wish in wishes if isinstance(wish, LogLine)], 5),))
@@ -644,6 +656,7 @@ def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config
     marks = find_marks(app.tasks.values(), settings().gpu_tasks)
     prepare(app, marks, lambda *args, **kwargs: driver[0].forward(*args, **kwargs), settings().validate_configured)
     process_initializer(app, hostname)
+    arrays.keeps_forms = arrays.passes_on = True  # after a signal that says the opposite to prefork children
     driver.append(Driver(app, sock, marks, config, supersedes, first, hostname))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a driver ends

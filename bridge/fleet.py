@@ -205,7 +205,7 @@ class Fleet:
     def _help(self, patient: bool) -> None:
         try:
             self._address = self._find(patient)
-            self._cluster = connect(self._address, self._namespace)
+            self._cluster = connect(self._address, self._namespace, self._settings.start_wait_s)
             self._require_gpu(patient)
             self._notify(self._cluster)
         except StartupError as error:

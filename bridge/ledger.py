@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from actors.arrays import ArrayRef
+from actors.shared_redis import shared_redis, uses_redis
+from actors.stores import Stores
 from bridge.dead_letters import Bounds, Crash, DeadLetters, Letter
 from bridge.errors import as_text
 from bridge.settings import Settings
-from bridge.shared_redis import shared_redis, uses_redis
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Ledger:
         self._app, self._namespace, self._notify = app, namespace, notify
         self._bounds = bounds_of(settings)
         self._store: DeadLetters | None = None
+        self._stores = Stores(app, settings.stores)
         self._away_until = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._looks: list[tuple[str, Then]] = []  # redelivered tasks nobody has asked about yet
@@ -66,6 +69,18 @@ class Ledger:
     def bury(self, letter: Letter, then: Then) -> None:
         """Keep a dead letter; asked also when Redis has just been away."""
         self._ask(f"the dead letter of {letter.id}", lambda store: store.keep(letter), then, always=True)
+
+    def discard(self, refs: list[ArrayRef]) -> None:
+        """Delete data by reference whose task has ended; what is not reached now expires."""
+
+        def delete() -> None:
+            try:
+                for ref in refs:
+                    self._stores.delete(ref)
+            except Exception as error:
+                logger.warning("data of a task that has ended could not be deleted: %s", as_text(error))
+
+        self._do(delete)
 
     # ---- on the thread
 

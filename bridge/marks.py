@@ -6,7 +6,7 @@ at start, not when the task runs. Imports neither ray nor cupy: producers import
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from celery import signals
 from celery.utils.log import get_logger
@@ -52,6 +52,10 @@ class Gpu(BaseModel):
         default=None,
         ge=1,
         description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES",
+    )
+    result: Literal["value", "ref"] = Field(
+        default="value",
+        description="how arrays in a result travel: as lists of numbers, or by reference to a store of large data",
     )
     example: tuple[Any, ...] | None = Field(
         default=None,

@@ -14,7 +14,7 @@ from celery.exceptions import TaskRevokedError
 from kombu.asynchronous import get_event_loop, set_event_loop
 from kombu.utils.imports import symbol_by_name
 
-from bridge import control  # noqa: F401 - registers remote commands
+from bridge import control, data  # noqa: F401 - register remote commands and types of messages
 from bridge.banner import Progress, gpu_banner
 from bridge.consumer import hybrid_autoscaler, hybrid_consumer
 from bridge.drivers import Drivers

@@ -35,6 +35,7 @@ def make_config(app: Any, tasks: Iterable[str], settings: Settings, share: float
         log_limit_bytes=settings.log_limit_bytes,
         resident_limit=_share_of(settings.resident_limit, share),
         left_limit=_share_of(settings.left_limit, share),
+        stores=settings.stores,
     )
 
 

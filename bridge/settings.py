@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from actors.contract import StoreConfig
 from bridge.errors import ConfigurationInvalid
 
 
@@ -117,6 +118,24 @@ class Settings(BaseSettings):
         15.0, gt=2, description="a worker whose main thread has not turned for this long is not live any more"
     )
 
+    # large data (bridge/data.py)
+    data_url: str | None = Field(
+        None,
+        description="where arrays by reference are put: redis://..., or a root that fsspec opens, such as "
+        "s3://bucket/prefix or file:///mnt/shared; default: the Redis of the result backend, else of the broker",
+    )
+    data_roots: list[str] = Field(
+        [],
+        description="JSON list of roots below which references to files and URLs are read, such as "
+        "https://images.example.com/public/; all others are refused",
+    )
+    data_keep_s: float = Field(3600.0, gt=0, description="data in Redis expire after this")
+    data_inline_bytes: int = Field(
+        65_536, ge=0, description="arrays given to delay() travel in the message up to this size, by reference above"
+    )
+    data_limit_bytes: int = Field(1 << 34, ge=1, description="one array by reference, at most")
+    data_timeout_s: float = Field(10.0, gt=0, description="Redis has this long for one read or write of large data")
+
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
@@ -156,6 +175,13 @@ class Settings(BaseSettings):
     def health_place(self) -> tuple[str, int] | None:
         """Host and port of `health_address`."""
         return _place(self.health_address) if self.health_address is not None else None
+
+    @property
+    def stores(self) -> StoreConfig:
+        """Where large data lie, as executors are told."""
+        return StoreConfig(
+            self.data_url, tuple(self.data_roots), self.data_keep_s, self.data_timeout_s, self.data_limit_bytes
+        )
 
     def namespace_of(self, app: Any) -> str:
         """The namespace of an app's workers: as set, or of the app's name."""

@@ -17,7 +17,8 @@ import greenlet
 from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
-from actors import closed
+from actors import arrays, closed
+from actors.arrays import ArrayRef
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.closed import Texts
 from actors.contract import Outcome, Pending, Reason
@@ -55,6 +56,7 @@ class TracedTask:
         "crashes",
         "how",
         "losses",
+        "once",
         "payload",
         "run",
         "short_since",
@@ -76,6 +78,7 @@ class TracedTask:
         self.cancelled = False  # the worker has given it up: it must not run again
         self.how = Reason.CANCEL  # and in this way
         self.losses = 0
+        self.once: list[ArrayRef] = []  # what is deleted when it has ended
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
         self.short_since = 0.0  # when it was first refused for want of memory
@@ -152,7 +155,7 @@ class Tracing:
         if task.tracer is not None:
             task.tracer.throw(greenlet.GreenletExit)
 
-    def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Stands in the body's place: gives its arguments to the call and returns what the body returned."""
         tracer = greenlet.getcurrent()
         celery_task = self._tasks[name]
@@ -166,6 +169,7 @@ class Tracing:
         if tracer.refusal is not None:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
+        task.once = arrays.seen_once.copy()
         request = vars(celery_task.request)
         task.payload = _payload(args, kwargs, request, task.run.request)
         task.checks = tracer.checks_there
@@ -250,9 +254,7 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
         body = innermost(task)
         has_own_check = is_pydantic(task)
 
-        def stand_in(*args: Any, _name: str = name, _body: Any = body, **kwargs: Any) -> Any:
-            return forward(_name, _body, *args, **kwargs)
-
+        stand_in = _stand_in(forward, name, body)
         # Task.retry merges new arguments with the message's by the signature it finds.
         stand_in.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
         replace_innermost(task, stand_in)
@@ -264,6 +266,15 @@ def prepare(app: Any, marks: dict[str, Mark], forward: Callable[..., Any], valid
             task.run = _checked(checks[name], task.run)
         if has_custom_call(task):
             without_custom_call(task)  # it runs in the executor, around the body
+
+
+def _stand_in(forward: Callable[..., Any], name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called in the body's place; the body's own parameters may have any names."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return forward(name, body, *args, **kwargs)
+
+    return stand_in
 
 
 def _without_final(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,6 +294,7 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
     """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
+        arrays.seen_once.clear()
         tracer = greenlet.getcurrent()
         if isinstance(tracer, _Tracer) and closed.is_closed(args, kwargs):
             tracer.checks_there = True

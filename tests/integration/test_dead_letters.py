@@ -15,12 +15,12 @@ from celery import Celery
 from kombu.serialization import disable_insecure_serializers, enable_insecure_serializers
 
 from actors.contract import LogLine
+from actors.shared_redis import shared_redis
 from bridge.dead_letters import LOG_BYTES, Bounds, Crash, DeadLetters, last_words, letter_of
 from bridge.ledger import Ledger
 from bridge.link import Run
 from bridge.replay import NotReplayed, payload_of, replay
 from bridge.settings import settings
-from bridge.shared_redis import shared_redis
 from tests.support.services import RedisServer, wait_for
 
 BOUNDS = Bounds(letters=3, letters_bytes=100_000, letters_s=1000, crashes_s=500)

@@ -79,7 +79,9 @@ def test_exit_codes_are_drawn_unique_and_of_no_other_meaning():
 
 
 def test_only_what_time_can_heal_is_retryable():
-    assert {cls.__name__ for cls in ALL if cls.retryable} == {"GpuOutOfMemory", "NoSuitableGpu", "ClusterUnavailable"}
+    assert {cls.__name__ for cls in ALL if cls.retryable} == {
+        *["GpuOutOfMemory", "NoSuitableGpu", "ClusterUnavailable", "StoreUnavailable", "HandleLost"]
+    }
     assert all(not issubclass(cls, MemoryError) for cls in ALL), "it would end the Celery worker"
     assert issubclass(errors.GpuOutOfMemory, TaskError)
 

@@ -1,7 +1,8 @@
 """The Redis that all workers of an app share: of its result backend, else of its broker, else none.
 
-What is kept there beside Celery's own keys are crash counts and dead letters (`bridge/dead_letters.py`). Whoever asks
-gives Redis two seconds, on a thread that may wait: never in a tracer or on the driver's loop.
+What is kept there beside Celery's own keys are crash counts and dead letters (`bridge/dead_letters.py`) and large data
+(`actors/stores.py`). Whoever asks waits a bounded time, where that is possible: never in a tracer or on the driver's
+loop.
 """
 
 import copy
@@ -33,20 +34,24 @@ def uses_redis(app: Any) -> bool:
     return isinstance(_backend(app), RedisBackend) or _is_redis(app.connection_for_write())
 
 
-def shared_redis(app: Any) -> SharedRedis | None:
+def shared_redis(app: Any, answer_s: float = ANSWER_S) -> SharedRedis | None:
     """Its client, or None where neither result backend nor broker is Redis.
+
+    Args:
+        app: the Celery app.
+        answer_s: how long one connect, one write or one answer may take.
 
     Raises:
         Exception: the broker is Redis and does not answer; kombu asks it when a channel is made.
     """
     backend = _backend(app)
     if isinstance(backend, RedisBackend):
-        shared = _of_backend(backend)
+        shared = _of_backend(backend, answer_s)
     else:
         connection = app.connection_for_write()
         if not _is_redis(connection):
             return None
-        shared = _of_broker(connection)
+        shared = _of_broker(connection, answer_s)
     shared.client.set_retry(Retry(NoBackoff(), RETRIES))
     return shared
 
@@ -62,18 +67,18 @@ def _is_redis(connection: Any) -> bool:
     return bool(connection.transport.driver_type == "redis")
 
 
-def _of_backend(backend: RedisBackend) -> SharedRedis:
+def _of_backend(backend: RedisBackend, answer_s: float) -> SharedRedis:
     parameters = copy.copy(backend.connparams)
     for name in ("socket_timeout", "socket_connect_timeout"):
         if name in parameters:  # a Unix socket takes no time to connect, and no such parameter
-            parameters[name] = ANSWER_S
+            parameters[name] = answer_s
     prefix = bytes_to_str(backend.task_keyprefix).removesuffix(RedisBackend.task_keyprefix)
     return SharedRedis(backend._create_client(**parameters), prefix, maybe_sanitize_url(backend.as_uri()))
 
 
-def _of_broker(connection: Any) -> SharedRedis:
+def _of_broker(connection: Any, answer_s: float) -> SharedRedis:
     connection.transport_options |= {
-        "socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S, "max_retries": RETRIES, "interval_start": 0,
+        "socket_timeout": answer_s, "socket_connect_timeout": answer_s, "max_retries": RETRIES, "interval_start": 0,
     }  # fmt: skip
     channel = connection.default_channel
     return SharedRedis(redis.Redis(connection_pool=channel.pool), channel.global_keyprefix, connection.as_uri())

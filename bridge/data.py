@@ -1,0 +1,136 @@
+"""`from bridge import data`: large arrays by reference. For producers too: loads neither ray nor cupy.
+
+    ref = data.put(array)            # the bytes go to a store, once
+    result = total.delay(ref)        # the message carries where they lie
+    data.get(result.get())           # a task with Gpu(result="ref") answers in the same way
+
+Importing this module also teaches kombu's JSON arrays: a NumPy array given to ``delay()`` travels in the message when
+it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one.
+"""
+
+import asyncio
+from functools import cache
+from typing import Any
+
+import numpy
+from celery import current_app, signals
+from kombu.utils.json import register_type
+
+from actors import arrays
+from actors.arrays import Array, ArrayRef, ArraySpec, Inline, as_form
+from actors.stores import Stores
+from bridge.settings import settings
+
+__all__ = ["Array", "ArrayRef", "ArraySpec", "aget", "aput", "delete", "get", "put"]
+
+#: The name under which arrays are known to kombu's JSON, on both sides.
+MARKER = "bridge.array"
+
+
+def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
+    """Write an array to the store of the current Celery app, and return the reference that a message carries.
+
+    Args:
+        array: NumPy's, or what `numpy.asarray` makes one of.
+        keep_s: it is there for so long in Redis; default BRIDGE_DATA_KEEP_S. It must outlive the task's wait and run.
+        once: delete it when the first task that takes it has ended, whichever way.
+
+    Raises:
+        ValueError: not an array of numbers.
+        DataRefused: larger than BRIDGE_DATA_LIMIT_BYTES.
+        StoreUnavailable: the store does not answer or has no room.
+    """
+    return _stored(_stores(), array, keep_s, once)
+
+
+def get(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
+    """The array of a reference, or of its JSON.
+
+    Raises:
+        ValueError: no reference.
+        DataLost, DataCorrupt, DataRefused, StoreUnavailable: as their docstrings say.
+    """
+    return _opened(_stores(), ref)
+
+
+def delete(ref: ArrayRef | dict[str, Any]) -> None:
+    """Forget the bytes of a reference before they expire; nothing happens if they are gone.
+
+    Raises:
+        ValueError: no reference.
+        DataRefused, StoreUnavailable: as their docstrings say.
+    """
+    form = _form(ref)
+    if isinstance(form, ArrayRef):
+        _stores().delete(form)
+
+
+async def aput(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
+    """`put`, while the event loop goes on."""
+    return await asyncio.to_thread(_stored, _stores(), array, keep_s, once)  # in a thread Celery may know no app
+
+
+async def aget(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
+    """`get`, while the event loop goes on."""
+    return await asyncio.to_thread(_opened, _stores(), ref)
+
+
+def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> ArrayRef:
+    array = numpy.asarray(array)
+    if array.dtype.kind not in arrays.KINDS:
+        raise ValueError(f"only arrays of numbers travel by reference, not of {array.dtype}")
+    return stores.put(array, keep_s, once)
+
+
+def _opened(stores: Stores, ref: Any) -> "numpy.ndarray[Any, Any]":
+    form = _form(ref)
+    return stores.get(form) if isinstance(form, ArrayRef) else numpy.asarray(form.get())
+
+
+def _form(ref: Any) -> Any:
+    form = as_form(ref)
+    if not isinstance(form, Inline | ArrayRef | numpy.ndarray):
+        raise ValueError(f"no reference to an array: {type(ref).__name__}; `data.put` returns one")
+    return form if not isinstance(form, numpy.ndarray) else Inline.of(form)
+
+
+# ---- in messages and results
+
+
+def _encoded(value: Any) -> Any:
+    """JSON of an array or a form of one."""
+    if isinstance(value, numpy.ndarray):
+        value = Inline.of(value) if value.nbytes <= settings().data_inline_bytes else put(value)
+    return value.model_dump(mode="json")
+
+
+def _decoded(value: Any) -> Any:
+    """A form, or in a producer the array itself."""
+    form = as_form(value)
+    return form if arrays.keeps_forms or not isinstance(form, Inline | ArrayRef) else form.get()
+
+
+@cache
+def _stores_of(app: Any) -> Stores:
+    return Stores(app, settings().stores)
+
+
+def _stores() -> Stores:
+    return _stores_of(current_app._get_current_object())
+
+
+for _type in (numpy.ndarray, Inline, ArrayRef):
+    register_type(_type, MARKER, _encoded, _decoded)
+arrays.opener = lambda ref: _stores().get(ref)
+
+
+@signals.worker_init.connect
+def _keep_forms(**_: Any) -> None:
+    """A worker's main process passes messages on."""
+    arrays.keeps_forms = True
+
+
+@signals.worker_process_init.connect
+def _open_forms(**_: Any) -> None:
+    """In a prefork child a message is read when its task runs: it gets the arrays."""
+    arrays.keeps_forms = False

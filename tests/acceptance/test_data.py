@@ -1,0 +1,266 @@
+"""Arrays in lists, envelopes and by reference: what reaches the body, what comes back, and what is left behind."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+
+import numpy
+import pytest
+from kombu.exceptions import DecodeError
+
+from bridge import data, errors
+from bridge.data import Inline
+from tests.apps.data import QUEUE
+from tests.apps.data import app as data_app
+from tests.support.services import ROOT, Worker, inspected, wait_for
+
+GET = {"timeout": 60}
+NAME = f"data@{socket.gethostname()}"
+
+
+@pytest.fixture(scope="module")
+def worker(environment, tmp_path_factory):
+    with pytest.MonkeyPatch.context():
+        process = Worker(
+            tmp_path_factory.mktemp("data"), "-c", "1", "-n", "data@%h", "-Q", QUEUE, app="tests.apps.data:app",
+            env=environment,
+        )  # fmt: skip
+        yield process
+        assert process.stop() == 0, process.output[-5000:]
+
+
+@pytest.fixture(scope="module")
+def app(redis_server, worker):
+    data_app.conf.update(broker_url=redis_server.url, result_backend=redis_server.url)
+    data_app.set_current()
+    yield data_app
+    data_app.backend.result_consumer.stop()
+    data_app.close()
+
+
+@pytest.fixture
+def send(app):
+    return lambda name, *args, **kwargs: app.tasks[f"tests.apps.data.{name}"].apply_async(args, kwargs)
+
+
+def keys(redis_server):
+    return redis_server.client.keys("*bridge-data-*")
+
+
+ARRAY = numpy.arange(6.0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ARRAY.tolist(),
+        ARRAY.astype(int).tolist(),
+        ARRAY,
+        ARRAY.astype(">f8"),
+        ARRAY.astype("float32"),
+        Inline.of(ARRAY).model_dump(),
+        ARRAY[::2].repeat(2)[::-1],
+    ],
+    ids=["list", "integers", "numpy", "big endian", "narrower", "envelope", "strided"],
+)
+def test_each_form_is_the_same_array_in_the_body(send, value):
+    expected = float(value.sum()) if isinstance(value, numpy.ndarray) else 15.0
+    assert send("total", value).get(**GET) == expected
+    assert send("totals", value).get(**GET) == expected
+
+
+def test_a_reference_is_read_by_the_executor(send, redis_server):
+    array = numpy.random.default_rng(1).standard_normal((700, 1000))  # two keys
+    ref = data.put(array)
+    assert len(keys(redis_server)) == 2 and redis_server.client.ttl(keys(redis_server)[0]) > 3000
+    assert send("total", ref).get(**GET) == pytest.approx(array.sum())
+    assert send("total", json.loads(ref.model_dump_json())).get(**GET) == pytest.approx(array.sum())
+    assert send("seen", ref).get(**GET)[:3] == ["numpy", "<f8", [700, 1000]]
+    assert (data.get(ref) == array).all()
+    data.delete(ref)
+    assert keys(redis_server) == []
+
+
+def test_a_model_may_hold_arrays(send):
+    signal = {"samples": [1.0, 2.0, 3.0], "rate_hz": 2.0}
+    assert send("duration", signal).get(**GET) == ["<f4", 1.5]
+    signal["samples"] = data.put(numpy.ones(5, "f4"))
+    assert send("duration", signal).get(**GET) == ["<f4", 2.5]
+
+
+def test_an_array_given_to_delay_travels_inside_when_small_and_by_reference_when_large(send, redis_server):
+    before = len(keys(redis_server))
+    small, large = numpy.ones(100), numpy.ones(100_000)
+    assert send("total", small).get(**GET) == 100 and len(keys(redis_server)) == before
+    assert send("total", large).get(**GET) == 100_000 and len(keys(redis_server)) == before + 1
+
+
+def test_results_by_reference_are_arrays_for_who_imports_data_and_small_for_all_others(send, redis_server):
+    large = numpy.arange(300_000.0)
+    result = send("doubled", large)
+    assert (result.get(**GET) == 2 * large).all()
+    stored = redis_server.client.get(f"celery-task-meta-{result.id}")
+    assert len(stored) < 1000 and json.loads(stored)["result"]["__value__"]["kind"] == "ref"
+    found = send("parts", large).get(**GET)
+    assert found["mean"] == large.mean() and found["low"].tolist() == [0, 1] and (found["all"][0] == large).all()
+
+
+def test_a_cpu_task_gets_the_value(app, send):
+    """Also in a chain after a result by reference."""
+    s = {name: app.tasks[f"tests.apps.data.{name}"].s for name in ("doubled", "on_cpu", "total")}
+    values = numpy.arange(50_000.0)
+    assert (s["doubled"](values) | s["on_cpu"]()).apply_async().get(**GET) == ["ndarray", 2 * values.sum()]
+    ref = data.put(values)
+    assert send("on_cpu", ref).get(**GET) == ["ndarray", values.sum()]
+    data.delete(ref)
+    with pytest.raises(DecodeError, match="DataLost"):  # kombu wraps it, here and in a producer that reads a result
+        send("on_cpu", ref).get(**GET)
+    assert send("on_cpu", [1.0]).get(**GET) == ["list", 1]
+    chained = (s["doubled"](values) | s["doubled"]() | s["total"]()).apply_async()
+    assert chained.get(**GET) == 4 * values.sum()
+
+
+def test_data_meant_for_one_task_go_when_it_has_ended(send, redis_server):
+    def once():
+        return data.put(numpy.ones(10), once=True)
+
+    before = set(keys(redis_server))
+    assert send("total", once()).get(**GET) == 10
+    assert send("again", once()).get(**GET) == 10  # kept while it is retried
+    with pytest.raises(ValueError, match="as asked"):
+        send("fails", once()).get(**GET)
+    wait_for(lambda: set(keys(redis_server)) == before, "all of it to be deleted")
+
+
+def test_what_is_put_expires(send, redis_server):
+    before = set(keys(redis_server))
+    ref = data.put(numpy.ones(10), keep_s=0.2)
+    wait_for(lambda: set(keys(redis_server)) == before, "its end")
+    with pytest.raises(errors.DataLost, match="it has expired"):
+        send("total", ref).get(**GET)
+    with pytest.raises(errors.DataLost):
+        data.get(ref)
+
+
+def changed(ref, **fields):
+    return {**ref.model_dump(mode="json"), **fields}
+
+
+WRONG = {
+    "another dtype": (
+        "total", lambda ref: numpy.ones(3, complex),
+        r"values: .*expected float64 of any shape, found complex128 of shape \(3,\)",
+    ),
+    "another shape": (
+        "square", lambda ref: numpy.ones((2, 3)), r"expected float64 of shape \(n, n\), found float64 of shape \(2, 3\)"
+    ),
+    "another shape by reference": (
+        "square", lambda ref: ref, r"expected float64 of shape \(n, n\), found float64 of shape \(4,\)"
+    ),
+    "beyond bounds": ("square", lambda ref: (numpy.ones((2, 2)), [1] * 4), r"few: .*shape \(1..3\), found a list"),
+    "no number": ("total", lambda ref: [1, "x"], "found a list with an element that is no number"),
+    "ragged": ("total", lambda ref: [[1, 2], [3]], "found a list whose rows have different lengths"),
+    "lossy": ("square", lambda ref: (numpy.ones((2, 2)), [1.5]), "found a list of float64"),
+    "no array": ("total", lambda ref: 3, "expected float64 of any shape, found int"),
+    "another kind": ("total", lambda ref: {"kind": "door"}, "its kind must be one of npy, ref"),
+    "no base64": ("total", lambda ref: {"kind": "npy", "data": "§"}, "data is not base64"),
+    "no npy": ("total", lambda ref: {"kind": "npy", "data": "AAAA"}, "not the .npy format"),
+    "a broken reference": ("total", lambda ref: changed(ref, shape=[3]), "has 24 bytes, not 32"),
+    "a reference with an address": ("total", lambda ref: changed(ref, host="elsewhere"), "host: Extra inputs"),
+    "objects": ("total", lambda ref: changed(ref, dtype="|O"), "only numbers and truth values"),
+    "NaN in a list": ("finite", lambda ref: [1.0, float("nan")], r"found NaN or an infinity at \(1,\)"),
+    "NaN by reference": ("finite", lambda ref: data.put(numpy.array([1, numpy.inf])), "found NaN or an infinity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, make, text", WRONG.values(), ids=WRONG)
+def test_a_wrong_array_names_field_expected_and_found(send, name, make, text):
+    given = make(data.put(numpy.ones(4)))
+    with pytest.raises(errors.PayloadInvalid, match=text):
+        send(name, *(given if isinstance(given, tuple) else (given,))).get(**GET)
+
+
+FAULTS = {
+    "missing": (lambda ref, keys: data.delete(ref), None, errors.DataLost, "is not in Redis"),
+    "truncated": (lambda ref, keys: cut(keys), None, errors.DataCorrupt, "not of the 320 bytes"),
+    "other bytes": (lambda ref, keys: spoil(keys), None, errors.DataCorrupt, "another checksum"),
+    "an unknown checksum": (None, {"checksum": "md5:00"}, errors.DataRefused, "'md5' are not known"),
+    "another key": (None, {"url": "redis:../../secret"}, errors.DataRefused, "is no reference to data in Redis"),
+    "a file": (None, {"url": "file:///etc/passwd"}, errors.DataRefused, "not below an allowed root"),
+    "a URL": (None, {"url": "http://169.254.169.254/latest"}, errors.DataRefused, "not below an allowed root"),
+}
+
+
+def cut(client_and_key):
+    client, key = client_and_key
+    client.set(key, client.get(key)[:-8], keepttl=True)
+
+
+def spoil(client_and_key):
+    client, key = client_and_key
+    client.setrange(key, 8, b"\xff")
+
+
+@pytest.mark.parametrize("harm, fields, error, text", FAULTS.values(), ids=FAULTS)
+def test_data_that_cannot_be_had_fail_their_task_alone(send, redis_server, harm, fields, error, text):
+    """In the task and in the producer alike; an item of a batch fails alone."""
+    ref = data.put(numpy.ones(40))
+    if harm:
+        harm(ref, (redis_server.client, f"bridge-data-{ref.url.removeprefix('redis:')}-0"))
+    given = changed(ref, **(fields or {}))
+    if harm is None or harm is not FAULTS["missing"][0]:
+        assert send("total", [1.0]).get(**GET) == 1.0
+    with pytest.raises(error, match=text):
+        send("total", given).get(**GET)
+    with pytest.raises(error, match=text):
+        data.get(given)
+    batch = [send("totals", each) for each in ([1.0], given, [2.0])]
+    assert [batch[0].get(**GET), batch[2].get(**GET)] == [1.0, 2.0]
+    with pytest.raises(error, match=text):
+        batch[1].get(**GET)
+
+
+def test_what_can_never_fit_is_not_retried_also_when_only_the_gpu_node_sees_it(send):
+    ref = data.put(numpy.array([numpy.nan]))
+    result = send("finite", ref)
+    with pytest.raises(errors.PayloadInvalid):
+        result.get(**GET)
+    with pytest.raises(errors.PayloadInvalid):
+        send("retries_all", numpy.ones(3, complex)).get(**GET)
+
+
+def test_in_an_event_loop(send):
+    async def both():
+        ref = await data.aput(numpy.arange(3.0))
+        return (await data.aget(ref)).tolist()
+
+    assert asyncio.run(both()) == [0, 1, 2]
+
+
+def test_a_producer_loads_neither_ray_nor_cupy(environment):
+    program = (
+        "import sys, numpy; from bridge import data; from celery import Celery;"
+        "app = Celery(broker=sys.argv[1], backend=sys.argv[1]); app.set_current(); ref = data.put(numpy.ones(3));"
+        "r = app.send_task('tests.apps.data.total', [ref], queue='data').get(timeout=60);"
+        "print(r, sorted({'ray', 'cupy'} & {name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, environment["CELERY_BROKER_URL"]], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.split("\n")[0] == "3.0 []", done.stderr
+
+
+def test_the_worker_and_the_driver_touch_no_bytes(app, send, worker):
+    """What a reference costs them does not depend on its size."""
+    pids = [worker.popen.pid, *inspected(app, NAME, "stats")["pool"]["gpu"]["drivers"]]
+    send("total", data.put(numpy.ones(10))).get(**GET)
+
+    def peak():
+        return sum(int(open(f"/proc/{pid}/status").read().partition("VmHWM:")[2].split()[0]) for pid in pids)
+
+    before = peak()
+    for _ in range(3):
+        send("total", data.put(numpy.ones(4 << 20))).get(**GET)  # 32 MiB
+    assert peak() - before < 16 << 10
