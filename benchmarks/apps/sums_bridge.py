@@ -4,7 +4,7 @@ from typing import Any
 
 from celery import Celery
 
-from actors.arrays import Array
+from bridge.data import Array
 
 app = Celery("sums_bridge")
 Vector: Any = Array["float64", "n"]
