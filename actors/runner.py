@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import arrays, closed, outcomes, residents
+from actors import arrays, closed, outcomes, residents, unopened
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -379,9 +379,9 @@ class _Result(NamedTuple):
 
 
 def _unpickled(task: TaskCall) -> _Item:
-    arrays.forget_found()
+    unopened.forget_found()
     args, kwargs, context = closed.loads(task.payload, task.texts)
-    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()), bool(task.texts), task.checks)
+    return _Item(task.token, args, kwargs, context, bool(unopened.take_found()), bool(task.texts), task.checks)
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

@@ -19,6 +19,8 @@ from redis.retry import Retry
 ANSWER_S = 2.0
 #: A connection that went stale is made anew once; all that is asked may be asked twice without harm.
 RETRIES = 1
+#: Taken from a socket at once, in bytes: redis-py's own number, good for small answers.
+READ_BYTES = 1 << 16
 
 
 class SharedRedis(NamedTuple):
@@ -34,24 +36,25 @@ def uses_redis(app: Any) -> bool:
     return isinstance(_backend(app), RedisBackend) or _is_redis(app.connection_for_write())
 
 
-def shared_redis(app: Any, answer_s: float = ANSWER_S) -> SharedRedis | None:
+def shared_redis(app: Any, answer_s: float = ANSWER_S, read_bytes: int = READ_BYTES) -> SharedRedis | None:
     """Its client, or None where neither result backend nor broker is Redis.
 
     Args:
         app: the Celery app.
         answer_s: how long one connect, one write or one answer may take.
+        read_bytes: how much is taken from the socket at once.
 
     Raises:
         Exception: the broker is Redis and does not answer; kombu asks it when a channel is made.
     """
     backend = _backend(app)
     if isinstance(backend, RedisBackend):
-        shared = _of_backend(backend, answer_s)
+        shared = _of_backend(backend, answer_s, read_bytes)
     else:
         connection = app.connection_for_write()
         if not _is_redis(connection):
             return None
-        shared = _of_broker(connection, answer_s)
+        shared = _of_broker(connection, answer_s, read_bytes)
     shared.client.set_retry(Retry(NoBackoff(), RETRIES))
     return shared
 
@@ -67,18 +70,20 @@ def _is_redis(connection: Any) -> bool:
     return bool(connection.transport.driver_type == "redis")
 
 
-def _of_backend(backend: RedisBackend, answer_s: float) -> SharedRedis:
+def _of_backend(backend: RedisBackend, answer_s: float, read_bytes: int) -> SharedRedis:
     parameters = copy.copy(backend.connparams)
     for name in ("socket_timeout", "socket_connect_timeout"):
         if name in parameters:  # a Unix socket takes no time to connect, and no such parameter
             parameters[name] = answer_s
+    parameters["socket_read_size"] = read_bytes
     prefix = bytes_to_str(backend.task_keyprefix).removesuffix(RedisBackend.task_keyprefix)
     return SharedRedis(backend._create_client(**parameters), prefix, maybe_sanitize_url(backend.as_uri()))
 
 
-def _of_broker(connection: Any, answer_s: float) -> SharedRedis:
+def _of_broker(connection: Any, answer_s: float, read_bytes: int) -> SharedRedis:
     connection.transport_options |= {
         "socket_timeout": answer_s, "socket_connect_timeout": answer_s, "max_retries": RETRIES, "interval_start": 0,
     }  # fmt: skip
     channel = connection.default_channel
+    channel.pool.connection_kwargs["socket_read_size"] = read_bytes
     return SharedRedis(redis.Redis(connection_pool=channel.pool), channel.global_keyprefix, connection.as_uri())

@@ -22,6 +22,9 @@ from benchmarks.approaches import Approach
 from benchmarks.cpu import Family, Kind, Watch, spent
 from benchmarks.services import Cluster, Running, started
 
+#: Redis' last database, unless it has more than it has by default.
+DATA_DATABASE = 15
+
 #: Until the first result of a worker that has just been started, and until the last one of a round.
 FIRST_RESULT_S, LAST_RESULT_S = 120.0, 180.0
 
@@ -52,6 +55,11 @@ class Addresses(NamedTuple):
     def results(self) -> str:
         return f"{self.redis_url}/{self.database}"
 
+    @property
+    def data(self) -> str:
+        """Large data lie apart from results, which are counted."""
+        return f"{self.redis_url}/{DATA_DATABASE}"
+
 
 class Message(NamedTuple):
     """One task to send."""
@@ -75,6 +83,8 @@ class Lane:
         self.approach, self.worker = approach, worker
         self.broker = redis.Redis.from_url(addresses.broker)
         self.results = redis.Redis.from_url(addresses.results)
+        self.data = redis.Redis.from_url(addresses.data)
+        self.addresses = addresses
         self.caller = Celery(broker=addresses.broker, backend=addresses.results, set_as_current=False)
         # Without a backend, sending does not subscribe to results that nobody will read.
         self._sender = Celery(broker=addresses.broker, set_as_current=False)
@@ -239,7 +249,7 @@ class DirectLane(Lane):
 def lane(approach: Approach, addresses: Addresses, folder: Path, others: Sequence[Approach]) -> Iterator[Lane]:
     """Start an approach's worker; wait for nothing yet. `others` are the ones on the same cluster."""
     env = {"CELERY_BROKER_URL": addresses.broker, "CELERY_RESULT_BACKEND": addresses.results}
-    env["BENCH_QUEUE"] = approach.name
+    env |= {"BENCH_QUEUE": approach.name, "BRIDGE_DATA_URL": addresses.data}
     if addresses.cluster:
         env |= addresses.cluster.env
         env |= {"BENCH_RAY_ADDRESS": addresses.cluster.address, "BRIDGE_RAY_ADDRESS": addresses.cluster.address}

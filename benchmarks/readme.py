@@ -8,7 +8,22 @@ RESULT = RESULTS / "noop.json"
 HEAD = "| a task that does nothing | tasks/s | p50 ms | CPU ms | CPU to prefork | tasks/s to a blocking Ray call |"
 TARGETS_HEAD = "| benchmark | target | asked | measured | |"
 #: In the order the README shows them.
-NAMES = ("noop", "batching", "waiting", "mixed", "growth", "scaling", "warm")
+NAMES = ("noop", "batching", "waiting", "mixed", "growth", "scaling", "warm", "data")
+
+DATA_HEAD = (
+    "| an array of float64 | 1 MiB: p50 ms | CPU ms | producer's CPU ms | 16 MiB: p50 ms | CPU ms | producer's CPU ms |"
+)
+#: Way -> what a reader is told.
+DATA_ROWS = {
+    "prefork-list": "Celery prefork, JSON list",
+    "bridge-list": "this bridge, JSON list",
+    "prefork-base64": "Celery prefork, base64",
+    "bridge-envelope": "this bridge, base64 envelope",
+    "bridge-ref": "**this bridge, by reference**",
+    "prefork-chain-base64": "chain of three: Celery prefork, base64",
+    "bridge-chain-ref": "chain of three: this bridge, by reference",
+    "bridge-chain-device": "chain of three: this bridge, on the device",
+}
 
 GPU_HEAD = "| on one {device} | median (extremes) |"
 #: Figure -> what a reader is told, factor, unit.
@@ -42,11 +57,28 @@ def targets_table(results):
     lines = [TARGETS_HEAD, "|---|---|---|---|---|"]
     for name, result in results.items():
         for target in result["targets"]:
+            if not target["measured"]:
+                continue
             bound = f"{'≤' if target['at_most'] else '≥'} {target['limit']:g} {target['unit']}".rstrip()
             chosen = " (chosen)" if target["chosen"] else ""
             middle, low, high = (_number(value) for value in target["measured"])
             verdict = target["verdict"] if target["verdict"] == "met" else f"**{target['verdict']}**"
             lines.append(f"| `{name}` | {target['what']} | {bound}{chosen} | {middle} ({low}..{high}) | {verdict} |")
+    return "\n".join(lines)
+
+
+def data_table(result):
+    """The Markdown table of how large arrays travel; medians. CPU is that of a backlog, of chains one at a time."""
+    figures = {row["lane"]: row for row in result["summary"]}
+    lines = [DATA_HEAD, "|---|---|---|---|---|---|---|"]
+    for way, title in DATA_ROWS.items():
+        cells = []
+        for mib in (1, 16):
+            row = figures.get(f"{way}-{mib}", {})
+            cpu = "cpu_ms" if "cpu_ms" in row else "alone_cpu_ms"
+            cells += [_number(row[key][0]) if key in row else "" for key in ("p50_ms", cpu, "sender_ms")]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -78,4 +110,4 @@ def _number(value):
 
 if __name__ == "__main__":
     print(table(json.loads(RESULT.read_text())) + "\n\n" + targets_table(stored()))
-    print("\n" + gpu_table(stored_gpu()))
+    print("\n" + data_table(stored()["data"]) + "\n\n" + gpu_table(stored_gpu()))

@@ -67,7 +67,7 @@ class Session:
             yield
         except Exception as error:
             self.failed[name] = f"{type(error).__name__}: {error}"
-            say(f"{name} failed, the others go on")
+            say(f"{name} failed, the others go on: {self.failed[name][:300]}")
             self.lanes.pop(name, None)
             if name in self._stacks:
                 self._stacks.pop(name).close()

@@ -72,9 +72,9 @@ def test_each_form_is_the_same_array_in_the_body(send, value):
 
 
 def test_a_reference_is_read_by_the_executor(send, redis_server):
-    array = numpy.random.default_rng(1).standard_normal((700, 1000))  # two keys
+    array = numpy.random.default_rng(1).standard_normal((700, 1000))  # six keys
     ref = data.put(array)
-    assert len(keys(redis_server)) == 2 and redis_server.client.ttl(keys(redis_server)[0]) > 3000
+    assert len(keys(redis_server)) == 6 and redis_server.client.ttl(keys(redis_server)[0]) > 3000
     assert send("total", ref).get(**GET) == pytest.approx(array.sum())
     assert send("total", json.loads(ref.model_dump_json())).get(**GET) == pytest.approx(array.sum())
     assert send("seen", ref).get(**GET)[:3] == ["numpy", "<f8", [700, 1000]]

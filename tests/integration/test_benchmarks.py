@@ -25,7 +25,7 @@ SMOKE = {
     "warm": "--only bridge-noop",
     "photos": "--rounds 1 --only bridge,prefork",
     "arrays": "--rounds 1 --only bridge,blocking-ray",
-    "sums": "--only bridge-array,prefork",
+    "data": "",
 }
 
 
