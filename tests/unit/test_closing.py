@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from celery import Celery, Task, signals
+from celery import Task, signals
 from celery.worker.request import Request
 from kombu import Message
 from kombu.compression import compress
@@ -12,11 +12,12 @@ from pydantic import BaseModel
 
 from actors.closed import ClosedList
 from bridge.closing import close, may_stay_closed, texts_of
+from tests.apps.base import App
 
 NUMBERS = list(range(1000))
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 BODY = json.dumps([[NUMBERS], {}, EMBED]).encode()
-app = Celery("closing", set_as_current=False)
+app = App("closing", set_as_current=False)
 
 
 class Hooked(Task):
@@ -109,7 +110,7 @@ def test_somebody_else_looks_at_the_arguments(options):
 
 @pytest.mark.parametrize("setting", [{"result_extended": True}, {"task_serializer": "msgpack"}])
 def test_settings_that_need_them_open(setting):
-    with Celery("other", set_as_current=False) as other:
+    with App("other", set_as_current=False) as other:
         other.conf.update(setting)
 
         @other.task(name="closing.other")
