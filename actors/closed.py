@@ -49,19 +49,21 @@ class Texts(NamedTuple):
         return args, {name: _closed(text) for name, text in self.kwargs.items()}, read(self.embed)
 
 
-def split(body: bytes) -> Texts | None:
+def split(body: bytes | str) -> Texts | None:
     """The parts of a task's message in JSON; None unless all of it is surely what kombu would read without error.
 
     All of it is looked at, and nested no deeper than Python's recursion limit. Left to kombu is what Python's own
     `json` takes beyond the standard (NaN, lone surrogates) and what kombu makes objects of its own of.
     """
-    if any(first in body and mark in body for first, mark in _KOMBUS_OWN):
-        return None
     try:
-        if not body.isascii():
+        if isinstance(body, str):  # as from RabbitMQ
+            body = body.encode()
+        elif not body.isascii():
             body.decode()
+        if any(first in body and mark in body for first, mark in _KOMBUS_OWN):
+            return None
         return Texts(*_PARTS.decode(body))
-    except (ValueError, RecursionError):  # msgspec's errors and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError):  # msgspec's errors and those of UTF-8 are ValueErrors
         return None
 
 

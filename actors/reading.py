@@ -23,8 +23,9 @@ class Reader:
     def __init__(self, task: str, body: Callable[..., Any]) -> None:
         self._task = task
         self._body = body
-        self._names = list(inspect.signature(body).parameters)
-        self._specs = {name: spec for name, hint in hints_of(body).items() if (spec := _spec_of(hint)) is not None}
+        parameters = inspect.signature(body).parameters.values()
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._names = [each.name for each in parameters if each.kind in by_position]
 
     def reading(self, call: Callable[..., Any], checks: bool) -> Callable[..., Any]:
         """`call` with its arguments read first. It raises PayloadInvalid where one cannot be read or does not fit."""
@@ -35,15 +36,19 @@ class Reader:
 
         return read
 
-    def reading_items(self, run_items: Callable[..., Any], checks: bool) -> Callable[..., Any]:
-        """The same for a vectorised body; an item that does not fit gets its error in its place."""
+    def reading_items(self, run_items: Callable[..., Any], checks: Sequence[bool]) -> Callable[..., Any]:
+        """The same for a vectorised body; an item that does not fit gets its error in its place.
+
+        Args:
+            checks: for each item; the driver has checked those of which nothing was closed.
+        """
 
         def read(items: Sequence[tuple[Any, Any]]) -> list[Any]:
             results: list[Any] = [None] * len(items)
             good: list[tuple[int, Any]] = []
             for number, (args, kwargs) in enumerate(items):
                 try:
-                    good.append((number, self.read_all(args, kwargs, checks)))
+                    good.append((number, self.read_all(args, kwargs, checks[number])))
                 except PayloadInvalid as error:
                     results[number] = error
             if good:
@@ -79,6 +84,10 @@ class Reader:
             return value.opened()
         except ValueError as error:
             raise PayloadInvalid(self._task, [problem(name, str(error), "")]) from None
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        return {name: spec for name, hint in hints_of(self._body).items() if (spec := _spec_of(hint)) is not None}
 
     @functools.cached_property
     def _check(self) -> Any:

@@ -4,7 +4,6 @@ In the executor a marked task keeps its class's ``__call__`` and its body; what 
 pydantic) stays in the driver. Whatever a body asks of Celery (retry, replace, update_state) becomes data.
 """
 
-import functools
 import importlib
 import importlib.util
 import logging
@@ -28,7 +27,7 @@ class LoadedTask:
     """One task as the executor runs it."""
 
     __slots__ = (
-        "__dict__", "_body", "_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "result",
+        "_body", "_has_call", "_reader", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "result",
         "streams",
         "task",
     )  # fmt: skip
@@ -36,6 +35,7 @@ class LoadedTask:
     def __init__(self, task: Any, wishes: Wishes) -> None:
         body = innermost(task)
         self._body = body
+        self._reader: Reader | None = None
         self.name: str = task.name
         self.task = task
         self.batch: Batch | None = batch_of(body)
@@ -50,10 +50,12 @@ class LoadedTask:
         self._has_call = has_custom_call(task)
         self.call: Callable[..., Any] = task if self._has_call else body
 
-    @functools.cached_property
+    @property
     def reader(self) -> Reader:
         """Reads what came closed."""
-        return Reader(self.name, self._body)
+        if self._reader is None:
+            self._reader = Reader(self.name, self._body)
+        return self._reader
 
     @property
     def may_run_twice(self) -> bool:

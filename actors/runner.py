@@ -174,10 +174,10 @@ class Runner:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
         pairs = [(item.args, item.kwargs) for item in items]
         call: Any = loaded.run_items
-        if any(item.is_closed for item in items):
-            call = loaded.reader.reading_items(call, items[0].checks)
         if any(item.has_arrays for item in items):
             call = self._opener.opening_items(loaded.task, call)
+        if any(item.is_closed for item in items):
+            call = loaded.reader.reading_items(call, [item.checks for item in items])
         result = self._guarded(loaded, call, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
@@ -228,8 +228,8 @@ class Runner:
             yield self._outcome(item.token, loaded, result, 1)
 
     def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
-        call = loaded.reader.reading(loaded.call, item.checks) if item.is_closed else loaded.call
-        return self._opener.opening(loaded.task, call) if item.has_arrays else call
+        call = self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
+        return loaded.reader.reading(call, item.checks) if item.is_closed else call
 
     def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
         """A launched body's result when its stream has ended; a late error of the device is the body's."""

@@ -35,7 +35,7 @@ def close(message: Any, task: Any, limit: int) -> None:
         limit: a body of no more bytes is decoded as ever.
     """
     body = message.body
-    if not isinstance(body, bytes) or len(body) <= limit or not _is_json(message) or not may_stay_closed(task):
+    if not isinstance(body, bytes | str) or len(body) <= limit or not _is_json(message) or not may_stay_closed(task):
         return
     texts = split(body)
     if texts is not None:

@@ -161,3 +161,8 @@ def test_a_dead_letter_keeps_the_body():
     run = Run(1, "shop.total", "own", {}, split(BODY), "application/json", "utf-8", None, None, 0)
     data, content_type, encoding, not_kept = dead_letters._body(run, "json")
     assert (json.loads(data), content_type, encoding, not_kept) == (json.loads(BODY), "application/json", "utf-8", "")
+
+
+def test_a_body_that_came_as_text():
+    assert plain(split(BODY.decode()).values()) == json.loads(BODY)
+    assert split('[["\ud800"], {}, {}]') is None

@@ -63,7 +63,6 @@ def test_the_body_stays_closed_and_celery_finds_its_parts():
         {"content_type": None},
         {"content_encoding": "latin-1"},
         {"accept": {"application/x-yaml"}},
-        {"body": BODY.decode()},
         {"body": BODY[:-1]},
         {"body": b"[[" + b"NaN, " * 500 + b"1], {}, {}]"},
         {"body": json.dumps([[NUMBERS, {"kind": "ref", "url": "redis:x", "once": True}], {}, EMBED]).encode()},
@@ -74,6 +73,12 @@ def test_other_bodies_are_decoded_as_ever(fields):
     made = message(**fields)
     assert not is_closed(made)
     assert not made._decoded_cache
+
+
+def test_text_will_do():
+    made = message(BODY.decode())
+    assert is_closed(made)
+    assert made.payload[0] == [NUMBERS]
 
 
 def test_small_ones_too():

@@ -76,6 +76,7 @@ def test_unchecked_ones_are_read_and_nothing_more():
         ((NUMBERS,), {"rows": [[1, 40_000]] * 500}, [("rows", "list")]),
         ((NUMBERS,), {"more": NUMBERS}, [("more", "list")]),
         ((NUMBERS, 1, 2), {}, [("argument 3", "int")]),
+        ((NUMBERS, 1, NUMBERS), {}, [("argument 3", "list")]),
         ((), {"rows": [[1, 2]] * 500}, [("values", "nothing")]),
     ],
 )
@@ -112,11 +113,20 @@ def test_one_of_a_batch_that_does_not_fit_fails_alone():
         ran.append(len(good))
         return run_batch(Batch(sums.__gpu_batch__.body, 4, 0.0), good)
 
-    first, second, third = Reader("shop.sums", sums).reading_items(run, True)(items)
+    first, second, third = Reader("shop.sums", sums).reading_items(run, [True] * 3)(items)
     assert (first, third, ran) == (2 * sum(NUMBERS), sum(NUMBERS[:500]), [2])
     assert [each["field"] for each in second.problems] == ["values.1000"]
 
 
+def test_of_a_batch_each_is_checked_where_it_has_to_be():
+    items = [([[1.0]], {"factor": "checked by the driver"}), sent([*NUMBERS, "x"], 2.0), sent(NUMBERS, 2.0)]
+    results = Reader("shop.sums", sums).reading_items(lambda good: [pair[1] for pair in good], [False, True, True])(
+        items
+    )
+    assert results[0] == {"factor": "checked by the driver"} and results[2] == {}
+    assert [each["field"] for each in results[1].problems] == ["values.1000"]
+
+
 def test_of_a_batch_of_which_none_fits_nothing_runs():
-    (error,) = Reader("shop.sums", sums).reading_items(lambda _: 1 / 0, True)([sent([*NUMBERS, "x"], 1.0)])
+    (error,) = Reader("shop.sums", sums).reading_items(lambda _: 1 / 0, [True])([sent([*NUMBERS, "x"], 1.0)])
     assert type(error) is PayloadInvalid
