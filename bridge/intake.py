@@ -175,11 +175,15 @@ class BoundedChannel:
                 return answer
             limit = self.largest_body
             self.brpop_text = answer[1] if limit == math.inf else without_large_body(answer[1], int(limit))
-            short, self._taken_out = take_body(self.brpop_text)
-            return answer[0], short
+            return answer[0], self.without_body(self.brpop_text)
 
         client.parse_response = parse_response
         return client
+
+    def without_body(self, raw: bytes) -> bytes:
+        """The text of the message that is delivered next; `decode_body` has its body."""
+        short, self._taken_out = take_body(raw)
+        return short
 
     def decode_body(self, body: Any, encoding: Any = None) -> Any:
         """A body's bytes; kombu's base64 is read several times faster than Python does."""
@@ -197,8 +201,8 @@ class BoundedChannel:
         if message._raw.get("body") == _TAKEN_OUT and self._taken_out:
             message._raw["body"] = msgspec.json.decode(self._taken_out)
 
-    def forget_brpop(self) -> None:
-        """What BRPOP has brought is delivered."""
+    def forget_body(self) -> None:
+        """The message is delivered."""
         self.brpop_text = self._taken_out = b""
 
 

@@ -279,7 +279,7 @@ class GroupedChannel(BoundedChannel):
             return True
         finally:
             self._reads = False
-            self.forget_brpop()
+            self.forget_body()
             self._deliver_taken()
 
     def _read_answer(self) -> bool:
@@ -370,12 +370,13 @@ class GroupedChannel(BoundedChannel):
             queue, tag, raw = self._taken.popleft()
             self.is_built = False
             try:
-                self.connection._deliver(loads(bytes_to_str(raw)), queue)  # type: ignore[attr-defined]
+                self.connection._deliver(loads(bytes_to_str(self.without_body(raw))), queue)  # type: ignore[attr-defined]
             except UNREADABLE as error:
                 if qos.is_only_taken(tag):  # no message can be made of it: lost, as it would be with kombu
                     qos.ack(tag)
                 drop_unreadable(error, self.is_built)
             qos.forget_taken(tag)
+            self.forget_body()
 
 
 class GroupedPoller(RenewingPoller):
