@@ -38,6 +38,7 @@ class TaskCall(NamedTuple):
     payload: bytes
     soft_limit_s: float | None
     hard_limit_s: float | None
+    stays: bool = False  # arrays in its result may stay on the device: only GPU tasks of the app take them
     texts: tuple[Part, ...] = ()  # of arguments that stay closed, to which the payload refers
     checks: bool = False  # whether the executor checks the arguments, for it alone reads them
 
@@ -158,6 +159,14 @@ class ActorState(StrEnum):
     DRAINING = "draining"  # it takes no new calls and ends when what it has is delivered
 
 
+class Holdings(NamedTuple):
+    """Arrays that bodies have returned and that stay with an executor; bytes."""
+
+    arrays: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
 class DeviceState(NamedTuple):
     """What an executor holds on its device, told when it has changed; bytes, 0 where unknown."""
 
@@ -166,6 +175,7 @@ class DeviceState(NamedTuple):
     memory_free: int  # what the next body could have: free on the device and in the pool, and below the pool's limit
     residents: dict[str, int]  # name -> bytes
     touched: dict[str, tuple[str, ...]]  # task's name -> residents its last body has used, where that is news
+    results: Holdings = Holdings()
 
 
 class Health(NamedTuple):
@@ -181,6 +191,7 @@ class Health(NamedTuple):
     failed_starts: int  # of its executor, in a row
     device: dict[str, Any]  # DeviceInfo as a dict, empty before the first warm-up
     executor_pid: int
+    executor: str  # its random name, in the handles of arrays it holds; "" before its first warm-up
     generation: int  # executors started so far
     warm_s: float
     tasks: int
@@ -195,6 +206,7 @@ class Health(NamedTuple):
     memory_free_bytes: int  # what the next body could have, as last heard
     residents: dict[str, int]  # name -> bytes on the device
     warm_for: tuple[str, ...]  # names of tasks that use residents, all of which are on the device
+    results: dict[str, int]  # of bodies, that stay: arrays, device_bytes, host_bytes
     accelerator: str  # the node's accelerator type as Ray names it, such as H100; "" where unknown
     share: float  # of one GPU that the actor reserves
     recycled: int  # executors replaced because bodies had left too much behind
@@ -243,6 +255,10 @@ class Config(NamedTuple):
     resident_limit: str  # of residents, in bytes or as a share of the device's memory
     left_limit: str = "25%"  # of what bodies leave behind on the device, likewise
     stores: StoreConfig = StoreConfig()
+    results_limit: str = "25%"  # of results that stay on the device, likewise
+    host_results_limit: str = "4GiB"  # of those that had to move to the host's memory, in bytes
+    keep_s: float = 3600.0  # a result stays for so long
+    actor: int = 0  # number of the executor's actor
 
 
 #: The step of start-up in which an executor touches its device for the first time.
@@ -260,6 +276,7 @@ class Ready(NamedTuple):
 
     device: dict[str, Any]
     warm_s: float
+    executor: str = ""  # its random name
 
 
 class NotStarted(NamedTuple):

@@ -1,10 +1,11 @@
 """In the worker and the driver: which large JSON bodies stay closed, so that only the executor reads their arguments.
 
-Everything in doubt is decoded as ever: other formats, what is not plain JSON, arguments by reference among them (the
-driver deletes what is sent once), and tasks of which something besides the body looks at the arguments.
+Everything in doubt is decoded as ever: other formats, what is not plain JSON, references and handles among the
+arguments (the driver plans by them), and tasks of which something besides the body looks at the arguments.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ _SIGNALS = (signals.task_prerun, signals.task_postrun, signals.task_failure, sig
 _REQUEST = "celery.worker.request:Request"
 #: Serialisers that can write what is closed, should the task be sent again.
 _SERIALIZERS = ("json", "pickle")
+_OBJECT, _KIND = re.compile(rb"\{"), re.compile(rb'"kind"')
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -38,15 +40,19 @@ def close(message: Any, task: Any, limit: int) -> None:
     if not isinstance(body, bytes | str) or len(body) <= limit or not _is_json(message) or not may_stay_closed(task):
         return
     texts = split(body)
-    if texts is not None:
-        args, kwargs, embed = texts.values()
-        if not any(isinstance(each, dict) and "kind" in each for each in (*args, *kwargs.values())):
-            message._decoded_cache, message.texts = (args, kwargs, embed), texts
+    if texts is not None and not any(map(_may_be_a_form, (*texts.args, *texts.kwargs.values()))):
+        message._decoded_cache, message.texts = texts.values(), texts
 
 
 def texts_of(message: Any) -> Texts | None:
     """The parts of a message whose body has stayed closed."""
     return getattr(message, "texts", None)
+
+
+def _may_be_a_form(text: Any) -> bool:
+    """Whether a reference, a handle or an envelope may be in it; for lists of numbers one byte is looked for."""
+    view = memoryview(text)
+    return bool(_OBJECT.search(view) and _KIND.search(view))
 
 
 def _is_json(message: Any) -> bool:

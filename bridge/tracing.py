@@ -7,7 +7,6 @@ are stored together (`bridge/results.py`). So no two tasks ever interleave insid
 
 import inspect
 import logging
-import pickle
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from actors.validation import Check, checker
 from bridge.closing import may_stay_closed
 from bridge.dead_letters import Crash
 from bridge.errors import BridgeError, PayloadInvalid, TaskPoisoned
+from bridge.handles import Plan, dumps, may_stay
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
@@ -58,8 +58,11 @@ class TracedTask:
         "losses",
         "once",
         "payload",
+        "plan",
+        "refs",
         "run",
         "short_since",
+        "stays",
         "token",
         "told",
         "tracer",
@@ -79,6 +82,9 @@ class TracedTask:
         self.how = Reason.CANCEL  # and in this way
         self.losses = 0
         self.once: list[ArrayRef] = []  # what is deleted when it has ended
+        self.plan: Plan | None = None  # where it runs, once its message has been looked at for handles
+        self.refs: dict[str, ArrayRef] = {}  # arrays of other actors that were fetched for it, by id of their handles
+        self.stays = False  # arrays in its result may stay on the device
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
         self.short_since = 0.0  # when it was first refused for want of memory
@@ -101,11 +107,14 @@ class Tracing:
     Args:
         app: the Celery app.
         answer: called with a task and its `Done` or `Ended` when its tracer has returned.
+        marks: the app's GPU tasks.
     """
 
-    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None]) -> None:
+    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None], marks: dict[str, Mark]) -> None:
         self._tasks = app.tasks  # kept: the app takes a lock for each look
         self._answer = answer
+        self._staying = {name for name, mark in marks.items() if mark.gpu.result == "device"}
+        self._marks = marks
         self._loop = greenlet.getcurrent()
 
     def start(self, task: TracedTask, refusal: BridgeError | None = None) -> None:
@@ -171,7 +180,8 @@ class Tracing:
         task = tracer.task
         task.once = arrays.seen_once.copy()
         request = vars(celery_task.request)
-        task.payload = _payload(args, kwargs, request, task.run.request)
+        task.stays = name in self._staying and may_stay(request, self._marks)
+        task.payload = _payload(args, kwargs, request, task)
         task.checks = tracer.checks_there
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
@@ -218,20 +228,16 @@ def _final(task: Any, error: BridgeError) -> BaseException:
     return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
-def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> Payload:
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], task: TracedTask) -> Payload:
     """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
     context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
     context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
-    dumps = closed.dumps if closed.is_closed(args, kwargs) else _dumps
+    pickled = closed.dumps if closed.is_closed(args, kwargs) else lambda value: (dumps(value, task.refs), ())
     try:
-        return dumps((args, kwargs, context))
+        return pickled((args, kwargs, context))
     except Exception:  # what a hook has put there belongs to this process
-        context = {key: value for key, value in context.items() if key in sent or key == "args"}
-        return dumps((args, kwargs, context))
-
-
-def _dumps(value: Any) -> Payload:
-    return pickle.dumps(value, 5), ()
+        context = {key: value for key, value in context.items() if key in task.run.request or key == "args"}
+        return pickled((args, kwargs, context))
 
 
 def einfo(error: BaseException) -> ExceptionInfo:

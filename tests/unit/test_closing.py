@@ -67,6 +67,8 @@ def test_the_body_stays_closed_and_celery_finds_its_parts():
         {"body": b"[[" + b"NaN, " * 500 + b"1], {}, {}]"},
         {"body": json.dumps([[NUMBERS, {"kind": "ref", "url": "redis:x", "once": True}], {}, EMBED]).encode()},
         {"body": json.dumps([[NUMBERS], {"image": {"kind": "npy"}}, EMBED]).encode()},
+        {"body": json.dumps([[NUMBERS, [[{"deep": {"kind": "device"}}]]], {}, EMBED]).encode()},
+        {"body": json.dumps([[[{"kind": "device", "id": str(number)} for number in range(99)]], {}, EMBED]).encode()},
     ],
 )
 def test_other_bodies_are_decoded_as_ever(fields):
