@@ -14,7 +14,7 @@ BYTES = bytes(range(256)) * 4096
 
 
 def call(*texts):
-    task = TaskCall("1.0", "shop.total", b"payload", None, 2.5, tuple(map(Part, texts)), True)
+    task = TaskCall("1.0", "shop.total", b"payload", None, 2.5, texts=tuple(map(Part, texts)), checks=True)
     return Call("own", "driver", "release", (task, task._replace(texts=())), 0.1)
 
 
