@@ -7,6 +7,7 @@ arguments (the driver plans by them), and tasks of which something besides the b
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from celery import signals
@@ -41,7 +42,8 @@ def close(message: Any, task: Any, limit: int) -> None:
         return
     texts = split(body)
     if texts is not None and not any(map(_may_be_a_form, (*texts.args, *texts.kwargs.values()))):
-        message._decoded_cache, message.texts = texts.values(), texts
+        with suppress(ValueError):  # a number that Python takes for too long
+            message._decoded_cache, message.texts = texts.values(), texts
 
 
 def texts_of(message: Any) -> Texts | None:

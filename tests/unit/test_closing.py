@@ -64,6 +64,7 @@ def test_the_body_stays_closed_and_celery_finds_its_parts():
         {"content_encoding": "latin-1"},
         {"accept": {"application/x-yaml"}},
         {"body": BODY[:-1]},
+        {"body": b"[[" + b"9" * 5000 + b"], {}, {}]"},
         {"body": b"[[" + b"NaN, " * 500 + b"1], {}, {}]"},
         {"body": json.dumps([[NUMBERS, {"kind": "ref", "url": "redis:x", "once": True}], {}, EMBED]).encode()},
         {"body": json.dumps([[NUMBERS], {"image": {"kind": "npy"}}, EMBED]).encode()},
