@@ -235,7 +235,7 @@ class ArraySpec(NamedTuple):
         if isinstance(value, Inline):
             value = value.get()
         if isinstance(value, list | tuple):
-            return self._checked_values(self._from_list(value))
+            return self._checked_values(self.from_list(value))
         if not hasattr(value, "__array_interface__") and not hasattr(value, "__cuda_array_interface__"):
             if not hasattr(value, "__dlpack__"):
                 raise Mismatch(f"expected {self}, found {type(value).__name__}")
@@ -268,7 +268,12 @@ class ArraySpec(NamedTuple):
         if wrong or not self._fits(shape):
             raise Mismatch(f"expected {self}, found {found.name} of shape {_shown(shape)}")
 
-    def _from_list(self, values: Any) -> "numpy.ndarray[Any, Any]":
+    def from_list(self, values: Any) -> "numpy.ndarray[Any, Any]":
+        """The array of a list of numbers, or of the array that NumPy makes of it; its values are not checked.
+
+        Raises:
+            Mismatch: as `validate`.
+        """
         try:
             array = numpy.asarray(values)
         except ValueError:

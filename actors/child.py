@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from actors import frames
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_DEVICE_FAULTY,
@@ -130,8 +131,10 @@ class Child:
         self._buffer = self._buffer[start:]
 
     def _send(self, message: Any) -> None:
-        data = pickle.dumps(message, 5)
-        self.socket.sendall(_HEAD.pack(len(data)) + data)
+        pieces = frames.dump(message)
+        self.socket.sendall(frames.length_of(pieces) + pieces[0])
+        for part in pieces[1:]:
+            self.socket.sendall(part)
 
     def new_outcomes(self) -> list[Outcome]:
         """Outcomes the journal has got since the last look."""

@@ -8,6 +8,8 @@ import signal
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
+from actors.frames import Part
+
 #: Raised with every incompatible change of this file; an actor of another version is not used.
 PROTOCOL = 6
 
@@ -37,6 +39,13 @@ class TaskCall(NamedTuple):
     soft_limit_s: float | None
     hard_limit_s: float | None
     stays: bool = False  # arrays in its result may stay on the device: only GPU tasks of the app take them
+    texts: tuple[Part, ...] = ()  # of arguments that stay closed, to which the payload refers
+    checks: bool = False  # whether the executor checks the arguments, for it alone reads them
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its arguments, about."""
+        return len(self.payload) + sum(map(len, self.texts))
 
 
 class Call(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import _state as celery_state
 
-from actors import arrays, device_results, residents
+from actors import arrays, device_results, frames, residents
 from actors.contract import (
     EXIT_NOT_STARTED,
     STEP_DEVICE,
@@ -106,7 +106,7 @@ class Executor:
         while True:
             try:
                 self._expire_results()
-                call: Call = pickle.loads(self._pipe.recv_bytes())
+                call: Call = frames.receive(self._pipe.fileno())
             except (EOFError, ConnectionError):  # the second where the actor died with unread messages
                 return
             self._run_call(call)
@@ -169,7 +169,7 @@ def main(pipe_fd: int, journal_fd: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the worker to decide on
     pipe = Connection(pipe_fd)
-    config: Config = pickle.loads(pipe.recv_bytes())
+    config: Config = frames.receive(pipe_fd)
     executor = Executor(pipe, Journal(journal_fd), config)
     try:
         executor.start()

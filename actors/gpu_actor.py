@@ -5,6 +5,8 @@ be permanent death for the actor.
 """
 
 import pickle
+from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -25,9 +27,13 @@ class GpuActor:
     def __init__(self, slot: int, limits: Limits) -> None:
         self._shell = ActorShell(slot, limits, self._end, accelerator_here())
 
-    def run(self, call: bytes, wait_s: float) -> bytes:
-        """See `ActorShell.run`; both pickled, because Ray's own serialisation of a tuple takes far longer."""
-        reply: Reply | Busy = self._shell.run(pickle.loads(call), wait_s)
+    def run(self, call: bytes, wait_s: float, parts: Sequence[Any] = ()) -> bytes:
+        """See `ActorShell.run`; both pickled, because Ray's own serialisation of a tuple takes far longer.
+
+        Args:
+            parts: of the pickle, as arrays, for Ray lends those from its object store without a copy.
+        """
+        reply: Reply | Busy = self._shell.run(pickle.loads(call, buffers=parts), wait_s)
         return pickle.dumps(reply, 5)
 
     def collect(self, call: bytes, wait_s: float) -> bytes:

@@ -18,6 +18,7 @@ from actors.batching import Batch, batch_of, run_batch
 from actors.bodies import has_custom_call, innermost, is_pydantic
 from actors.contract import Release
 from actors.errands import EXPORT, add_errands
+from actors.reading import Reader
 from actors.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,14 @@ class LoadedTask:
     """One task as the executor runs it."""
 
     __slots__ = (
-        "_has_call", "batch", "call", "example", "keep_copy", "keeps_models", "memory_bytes", "name", "result",
-        "streams", "task",
+        "_body", "_has_call", "_reader", "batch", "call", "example", "keep_copy", "keeps_models", "memory_bytes",
+        "name", "result", "streams", "task",
     )  # fmt: skip
 
     def __init__(self, task: Any, wishes: Wishes) -> None:
         body = innermost(task)
+        self._body = body
+        self._reader: Reader | None = None
         self.name: str = task.name
         self.task = task
         self.batch: Batch | None = batch_of(body)
@@ -47,6 +50,13 @@ class LoadedTask:
         wishes.install(task)
         self._has_call = has_custom_call(task)
         self.call: Callable[..., Any] = task if self._has_call else body
+
+    @property
+    def reader(self) -> Reader:
+        """Reads what came closed."""
+        if self._reader is None:
+            self._reader = Reader(self.name, self._body)
+        return self._reader
 
     @property
     def may_run_twice(self) -> bool:

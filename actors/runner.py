@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import arrays, device_results, outcomes, residents, unopened
+from actors import arrays, closed, device_results, outcomes, residents, unopened
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -179,6 +179,8 @@ class Runner:
         call: Any = loaded.run_items
         if any(item.has_arrays for item in items):
             call = self._opener.opening_items(loaded.task, call)
+        if any(item.is_closed for item in items):
+            call = loaded.reader.reading_items(call, [item.checks for item in items])
         result = self._guarded(loaded, call, items[0]._replace(args=(pairs,), kwargs={}), first, len(items))
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
@@ -229,7 +231,8 @@ class Runner:
             yield self._outcome(item, loaded, result, 1)
 
     def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
-        return self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
+        call = self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
+        return loaded.reader.reading(call, item.checks) if item.is_closed else call
 
     def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
         """A launched body's result when its stream has ended; a late error of the device is the body's."""
@@ -371,6 +374,8 @@ class _Item(NamedTuple):
     context: dict[str, Any]
     has_arrays: bool  # that are to be opened
     stays: bool  # who takes its result can take it from here
+    is_closed: bool  # some argument
+    checks: bool  # whether the driver has left that to us
 
 
 class _Result(NamedTuple):
@@ -385,8 +390,9 @@ class _Result(NamedTuple):
 
 def _unpickled(task: TaskCall) -> _Item:
     unopened.forget_found()
-    args, kwargs, context = pickle.loads(task.payload)
-    return _Item(task.token, args, kwargs, context, bool(unopened.take_found()), task.stays)
+    args, kwargs, context = closed.loads(task.payload, task.texts)
+    has_arrays, is_closed = bool(unopened.take_found()), bool(task.texts)
+    return _Item(task.token, args, kwargs, context, has_arrays, task.stays, is_closed, task.checks)
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

@@ -24,7 +24,7 @@ from celery.worker.state import (
     task_ready,
 )
 
-from bridge import intake, visibility
+from bridge import closing, intake, visibility
 from bridge.errors import MessageInvalid, PayloadTooLarge
 from bridge.fence_events import FenceEvents
 from bridge.redis_channel import ask_in_groups
@@ -129,7 +129,13 @@ class HybridConsumer:
         self.task_consumer.channel.largest_body = self.pool.settings.max_body_bytes
         intake.bound_decoding(self.pool.settings.max_body_bytes)
         intake.shorten_logs()
-        return intake.guarded(self, handler, self.pool.settings.max_body_bytes)
+        return intake.guarded(self, handler, self.pool.settings.max_body_bytes, self._close)
+
+    def _close(self, message: Any) -> None:
+        """A GPU task's large body: only the executor reads it."""
+        name = message.headers.get("task")
+        if name in self.pool.marks:
+            closing.close(message, self.app.tasks[name], self.pool.settings.raw_body_bytes)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """A body that cannot be decompressed or decoded."""
@@ -147,6 +153,9 @@ class HybridConsumer:
         if not self.pool.is_gpu(request):
             self._on_cpu_request(request)
             return
+        texts = closing.texts_of(request.message)
+        if texts is not None:
+            request._body = texts  # what `execute_using_pool` hands on
         self._widen(request)
         self._slots.take(request)
 

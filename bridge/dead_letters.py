@@ -15,6 +15,7 @@ from kombu.serialization import dumps as serialise
 from kombu.utils.json import dumps, loads
 from redis.exceptions import WatchError
 
+from actors.closed import Texts
 from actors.contract import LogLine
 from bridge.link import Run
 
@@ -231,6 +232,8 @@ def last_words(told: Iterable[bytes]) -> str:
 def _body(run: Run, serializer: str) -> tuple[bytes, str, str, str]:
     """Bytes, content type and encoding of a body, and why it cannot be kept if so."""
     body, content_type, encoding = run.body, run.content_type or "", run.content_encoding or ""
+    if isinstance(body, Texts):
+        body = body.joined()
     if not content_type:
         try:
             content_type, encoding, body = serialise(body, serializer=serializer)

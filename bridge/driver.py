@@ -459,7 +459,9 @@ class Driver:
                 self._events.append(TaskFinished(token, None))
             else:
                 run = task.run
-                calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s, task.stays))
+                payload, texts = task.payload
+                limits = run.soft_limit_s, run.hard_limit_s
+                calls.append(TaskCall(token, run.task, payload, *limits, task.stays, texts, task.checks))
         if calls:
             is_short = estimate_s < self._settings.call_budget_s
             may_part = is_short and not self._rules.get(calls[0].name, ANY).together

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy
 import ray
 
-from actors import gpu_actor
+from actors import frames, gpu_actor
 from actors.breaker import BreakerRules
 from actors.contract import ActorState, Busy, Call, Config, Health, Reason, Reply
 from actors.entries import Limits
@@ -128,14 +129,14 @@ class Fleet:
 
     def submit(self, slot: int, call: Call) -> None:
         """Send a call; the answer arrives as Replied."""
-        if sum(len(task.payload) for task in call.tasks) > self._settings.inline_limit_bytes:
+        if sum(task.size_bytes for task in call.tasks) > self._settings.inline_limit_bytes:
             self._pool.submit(self._submit, slot, call)  # a large argument blocks while it is copied to the store
         else:
             self._submit(slot, call)
 
     def collect(self, slot: int, call: Call) -> None:
         """Ask for what an earlier call has not answered; the answer arrives as Replied."""
-        slim = call._replace(tasks=tuple(task._replace(payload=b"") for task in call.tasks))
+        slim = call._replace(tasks=tuple(task._replace(payload=b"", texts=()) for task in call.tasks))
         # Should it not leave: an earlier call has, so the tasks may be running.
         data, wait_s = pickle.dumps(slim, 5), self._settings.collect_wait_s
         self._call(slot, call.id, lambda actor: actor.collect.remote(data, wait_s), sent=True)
@@ -179,8 +180,9 @@ class Fleet:
             ray.shutdown()
 
     def _submit(self, slot: int, call: Call) -> None:
-        data, wait_s = pickle.dumps(call, 5), self._settings.collect_wait_s
-        self._call(slot, call.id, lambda actor: actor.run.remote(data, wait_s))
+        data, parts = frames.dump_apart(call)
+        rest = [[numpy.frombuffer(part, numpy.uint8) for part in parts]] if parts else []
+        self._call(slot, call.id, lambda actor: actor.run.remote(data, self._settings.collect_wait_s, *rest))
 
     def _call(self, slot: int, call: str, submit: Callable[[Any], Any], sent: bool = False) -> None:
         try:

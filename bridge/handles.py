@@ -14,6 +14,7 @@ from kombu.serialization import loads
 from pydantic import ValidationError
 
 from actors.arrays import ArrayRef
+from actors.closed import Texts
 from actors.handles import DeviceArray
 from bridge.link import Run
 from bridge.marks import Mark, is_gpu
@@ -50,6 +51,8 @@ def plan(handles: Iterable[DeviceArray], suits: Callable[[int], bool] = lambda _
 def handles_of(run: Run, accept: Any) -> list[DeviceArray]:
     """The handles among a message's arguments; a message without any costs a look for two words."""
     body = run.body
+    if isinstance(body, Texts):
+        return []  # what may be one does not stay closed
     if isinstance(body, str | bytes):
         found = (word in body if isinstance(body, str) else word.encode() in body for word in _WORDS)
         if not all(found):

@@ -4,21 +4,22 @@ Each message is pickled on its own and framed with its kind's serial, so that on
 costs only itself. Writes are partial and buffered; a burst of messages leaves in one system call.
 """
 
-import pickle
 import signal
 import socket
 import struct
 from collections import deque
 from typing import Any, NamedTuple
 
-_HEAD = struct.Struct("!IQ")  # length of the pickle, serial of the request it is about
+from actors import frames
+
+_HEAD = struct.Struct("!IQ")  # length of the frame, serial of the request it is about
 
 #: What one system call hands over or takes, at most.
 _CHUNK_BYTES = 1 << 20
 
 
 class Run(NamedTuple):
-    """Worker to driver: trace this request. `body` is the message's, still encoded unless it came decoded."""
+    """Worker to driver: trace this request. `body` is the message's: encoded, its `Texts`, or decoded if it came so."""
 
     serial: int
     task: str
@@ -142,8 +143,10 @@ class Link:
 
     def send(self, message: Any) -> None:
         """Queue a message; `flush` writes it. Whatever pickle raises passes through, and nothing is queued."""
-        data = pickle.dumps(message, 5)
-        self._out.append(memoryview(_HEAD.pack(len(data), message.serial) + data))
+        pieces = frames.dump(message)
+        size = sum(map(len, pieces))
+        self._out.append(memoryview(_HEAD.pack(size, message.serial) + pieces[0]))
+        self._out.extend(pieces[1:])
 
     def flush(self) -> bool:
         """Write what the socket takes; False while something is left.
@@ -209,7 +212,7 @@ class Link:
             if len(self._in) < end:
                 break
             try:
-                messages.append(pickle.loads(memoryview(self._in)[start + _HEAD.size : end]))
+                messages.append(frames.load(memoryview(self._in)[start + _HEAD.size : end]))
             except Exception as error:
                 messages.append(Unreadable(serial, repr(error)))
             start = end

@@ -39,6 +39,7 @@ class GroupedQoS(RenewingQoS):
             return
         answer = self.channel.note(message, delivery_tag)
         if answer is None:
+            self.channel.complete(message)
             super().append(message, delivery_tag)
         else:  # in the order of their arrival, in which kombu gives them back
             virtual.QoS.append(self, message, delivery_tag)

@@ -163,6 +163,9 @@ class Settings(BaseSettings):
         ge=1024,
         description="messages with a larger body, as it is or decompressed, are refused before they are decoded",
     )
+    raw_body_bytes: int = Field(
+        65_536, ge=0, description="of GPU tasks' messages with a larger JSON body only the executor reads the arguments"
+    )
     inline_limit_bytes: int = Field(65_536, ge=1, description="larger payloads and values travel on their own")
     queued_tasks: int = Field(4096, ge=1, description="an actor with this many waiting tasks refuses calls as busy")
     log_limit_bytes: int = Field(

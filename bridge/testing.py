@@ -20,10 +20,10 @@ from actors import outcomes
 from actors.batching import run_batch
 from actors.bodies import innermost, is_pydantic, replace_innermost
 from actors.contract import Failed, FailureKind, Outcome, Succeeded
+from actors.validation import checker
 from actors.wishes import Wishes
 from bridge.marks import Mark, find_marks
 from bridge.outcomes import grant, resolve
-from bridge.validation import checker
 
 _TOKEN = "local"
 

@@ -16,17 +16,20 @@ import greenlet
 from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
-from actors import arrays
+from actors import arrays, closed
 from actors.arrays import ArrayRef
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
+from actors.closed import Texts
 from actors.contract import Outcome, Pending, Reason
+from actors.frames import Part
+from actors.validation import Check, checker
+from bridge.closing import may_stay_closed
 from bridge.dead_letters import Crash
 from bridge.errors import BridgeError, PayloadInvalid, TaskPoisoned
 from bridge.handles import Plan, dumps, may_stay
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
-from bridge.validation import Check, checker
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,10 @@ logger = logging.getLogger(__name__)
 LAST_WORDS = 4
 #: A stretch between two switches longer than this is logged, in seconds: it stops every other GPU task of the worker.
 SLOW_S = 1.0
+
+
+#: Pickled arguments and request of a body, and the texts of what stays closed in it.
+Payload = tuple[bytes, tuple[Part, ...]]
 
 
 class TracedTask:
@@ -45,6 +52,7 @@ class TracedTask:
         "announced",
         "attempt",
         "cancelled",
+        "checks",
         "crashes",
         "how",
         "losses",
@@ -65,7 +73,8 @@ class TracedTask:
         self.attempt = 0
         self.token = f"{run.serial}.0"
         self.tracer: _Tracer | None = None
-        self.payload: bytes | None = None  # set while `forward` waits for the outcome
+        self.payload: Payload | None = None  # set while `forward` waits for the outcome
+        self.checks = False  # whether the executor checks the arguments
         self.accepted = False  # its call is with an actor
         self.announced = run.announced  # the worker has been told so, by this driver or an earlier one
         self.alone = False  # it was running when an executor died, alone or with others: it shares no run any more
@@ -88,6 +97,7 @@ class _Tracer(greenlet.greenlet):
     refusal: BridgeError | None = None  # raised in the body's place
     forwarded = False  # the body has had its turn
     has_outcome = False  # it has ended, and the tracer has not stored its outcome yet
+    checks_there = False  # arguments that came closed are checked where they are read
     waits = False  # for that to be stored: it takes no other news
 
 
@@ -172,6 +182,7 @@ class Tracing:
         request = vars(celery_task.request)
         task.stays = name in self._staying and may_stay(request, self._marks)
         task.payload = _payload(args, kwargs, request, task)
+        task.checks = tracer.checks_there
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
@@ -192,7 +203,11 @@ class Tracing:
         """The greenlet's entry: nothing may leave it, for it would land in the loop and end every task in hand."""
         run = task.run
         try:
-            result = fast_trace_task(run.task, run.id, run.request, run.body, run.content_type, run.content_encoding)
+            body, content_type = run.body, run.content_type
+            if isinstance(body, Texts):
+                stays = may_stay_closed(self._tasks[run.task])
+                body, content_type = (body.values(), None) if stays else (body.joined(), content_type)
+            result = fast_trace_task(run.task, run.id, run.request, body, content_type, run.content_encoding)
         except greenlet.GreenletExit:
             return  # ended from outside, and answered there
         except BaseException as error:
@@ -213,15 +228,16 @@ def _final(task: Any, error: BridgeError) -> BaseException:
     return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
-def _payload(args: Any, kwargs: Any, request: dict[str, Any], task: TracedTask) -> bytes:
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], task: TracedTask) -> Payload:
     """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
     context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
     context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
+    pickled = closed.dumps if closed.is_closed(args, kwargs) else lambda value: (dumps(value, task.refs), ())
     try:
-        return dumps((args, kwargs, context), task.refs)
+        return pickled((args, kwargs, context))
     except Exception:  # what a hook has put there belongs to this process
         context = {key: value for key, value in context.items() if key in task.run.request or key == "args"}
-        return dumps((args, kwargs, context), task.refs)
+        return pickled((args, kwargs, context))
 
 
 def einfo(error: BaseException) -> ExceptionInfo:
@@ -285,7 +301,11 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         arrays.seen_once.clear()
-        args, kwargs = check(args, kwargs)
+        tracer = greenlet.getcurrent()
+        if isinstance(tracer, _Tracer) and closed.is_closed(args, kwargs):
+            tracer.checks_there = True
+        else:
+            args, kwargs = check(args, kwargs)
         return run(*args, **kwargs)
 
     checked.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]

@@ -15,9 +15,9 @@ with atheris.instrument_imports(include=["bridge", "kombu", "actors"]):
     from kombu.utils.encoding import bytes_to_str
     from kombu.utils.json import loads
 
+    from actors.validation import checker
     from bridge import intake
     from bridge.errors import PayloadInvalid
-    from bridge.validation import checker
 
 from pydantic import BaseModel, conlist
 

@@ -42,7 +42,7 @@ class Pool:
     gpu_slots = 100
     is_green = False
     marks = {KINDS[0]: None}
-    settings = SimpleNamespace(max_body_bytes=LIMIT)
+    settings = SimpleNamespace(max_body_bytes=LIMIT, raw_body_bytes=0)
 
     def __init__(self):
         self.started = []

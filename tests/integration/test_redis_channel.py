@@ -328,6 +328,27 @@ def test_a_large_message_is_left_to_kombu_and_nothing_overtakes_it(server, desk)
     assert len(noted(server.client)) == 8
 
 
+@pytest.mark.parametrize("may_run_scripts", [True, False])
+def test_a_large_message_is_noted_as_it_came_and_comes_again_whole(server, desk, may_run_scripts):
+    """Its body is read apart from it, which Redis must not see."""
+    large = [{"n": number, "text": "ü" * 100_000} for number in range(3)]
+    server.client.execute_command(
+        "ACL", "SETUSER", "plain", "on", "nopass", "~*", "&*", "+@all", *([] if may_run_scripts else ["-lindex"])
+    )
+    try:
+        publish(server.url, large)
+        raw = [json.loads(text) for text in reversed(server.client.lrange("q", 0, -1))]
+        one = desk(url=server.url.replace("redis://", "redis://plain:x@"))
+        assert one.drain() == large
+        assert sorted(noted(server.client).values(), key=str) == sorted(([text, "", "q"] for text in raw), key=str)
+        one.received[0].ack()
+        one.received[1].requeue()
+        one.connection.close()
+    finally:
+        server.client.acl_deluser("plain")
+    assert sorted(desk(grouped=False).drain(), key=str) == large[1:]
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

@@ -124,7 +124,7 @@ def test_files_and_functions_exist(document):
 
 def test_the_journey_names_every_file_of_a_tasks_way():
     journey = read("docs/journey.md")
-    for file in ("consumer", "pool", "supervisor", "link", "driver", "validation", "scheduler", "fleet", "outcomes"):
+    for file in ("consumer", "pool", "supervisor", "link", "driver", "scheduler", "fleet", "outcomes"):
         assert f"`bridge/{file}.py`" in journey
     for file in ("gpu_actor", "shell", "entries", "child", "journal", "executor", "outcomes"):
         assert f"`actors/{file}.py`" in journey

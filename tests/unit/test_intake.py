@@ -1,5 +1,6 @@
 """What a message must be before Celery looks at it; bounds of what small texts become; what log lines may hold."""
 
+import base64
 import bz2
 import decimal
 import gzip
@@ -303,3 +304,93 @@ def test_a_large_message_loses_its_body_before_it_is_parsed():
 def test_what_is_large_and_has_no_large_body_is_no_message(large):
     with pytest.raises(json.JSONDecodeError):
         json.loads(intake.without_large_body(large, LIMIT))
+
+
+# ---- large bodies of messages in Redis
+
+
+class Channel:
+    """The part of kombu's that reads bodies."""
+
+    def decode_body(self, body, encoding=None):
+        return base64.b64decode(body) if encoding else body
+
+
+class Bounded(intake.BoundedChannel, Channel):
+    pass
+
+
+def as_it_lies(body, **more):
+    return json.dumps(
+        {"body": body, "headers": {"task": "shop.add"}, "properties": {"body_encoding": "base64"}, **more}
+    )
+
+
+def arrives(raw, encoding="base64"):
+    """What kombu makes of a message's body."""
+    channel = Bounded()
+    short = channel.without_body(raw)
+    read = json.loads(short)
+    assert len(short) < 1000 or short == raw
+    return channel.decode_body(read["body"], encoding), read
+
+
+@pytest.mark.parametrize("size", [0, 10, intake.LARGE_BODY, 1_000_000])
+def test_a_large_body_is_read_apart_from_its_message(size):
+    data = bytes(n % 251 for n in range(size))
+    body, read = arrives(as_it_lies(base64.b64encode(data).decode()).encode())
+    assert body == data and read["headers"] == {"task": "shop.add"}
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"\n"]))
+def test_base64_is_read_as_python_reads_it(data, line_break):
+    text = base64.b64encode(data)
+    text = (text[:8] + line_break + text[8:]).decode()
+    assert Bounded().decode_body(text, "base64") == data
+
+
+def test_base64_with_line_breaks_and_bodies_that_are_none():
+    data = bytes(range(256)) * 1000
+    with_breaks = base64.encodebytes(data).decode()
+    assert arrives(as_it_lies(with_breaks).encode())[0] == data
+    text = "[[1], {}, {}] " * 10_000
+    assert arrives(as_it_lies(text).encode(), None)[0] == text
+    quoted = '[["ü"], {}, {}] ' * 10_000
+    assert arrives(as_it_lies(quoted).encode(), None)[0] == quoted
+    with pytest.raises(ValueError, match=r"[Pp]adding|base64"):
+        arrives(as_it_lies("A" * 100_001).encode())
+
+
+def test_a_body_elsewhere_in_the_message_is_left_where_it_is():
+    text = base64.b64encode(b"x" * 100_000).decode()
+    raw = json.dumps({"headers": {"body": "mine"}, "body": text}).encode()
+    assert intake.take_body(raw) == (raw, b"")
+    twice = as_it_lies(text)[:-1] + ', "body": "QUJD"}'
+    assert arrives(twice.encode())[0] == b"ABC"  # the last one counts, for Python's json too
+
+
+def test_nobody_gets_the_body_of_another_message():
+    mark = as_it_lies("bridge-body-taken-out")
+    with pytest.raises(ValueError):
+        arrives(mark.encode())
+    channel = Bounded()
+    channel.without_body(as_it_lies(base64.b64encode(b"x" * 100_000).decode()).encode())
+    channel.forget_body()
+    with pytest.raises(ValueError):
+        channel.decode_body("bridge-body-taken-out", "base64")
+
+
+def test_what_kombu_notes_has_its_body_again():
+    text = base64.b64encode(b"x" * 100_000).decode()
+    channel = Bounded()
+    read = SimpleNamespace(_raw=json.loads(channel.without_body(as_it_lies(text).encode())))
+    channel.complete(read)
+    assert read._raw == json.loads(as_it_lies(text))
+
+
+def test_a_message_that_is_let_in_is_closed_before_celery_has_it():
+    seen = []
+    consumer = SimpleNamespace(connection_errors=(), connection=SimpleNamespace(channel_errors=()))
+    handle = intake.guarded(consumer, lambda _: seen.append("handled"), LIMIT, lambda _: seen.append("closed"))
+    handle(message({"task": "shop.add", "id": "1"}))
+    assert seen == ["closed", "handled"]

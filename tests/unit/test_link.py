@@ -1,11 +1,11 @@
 """The link over a real socket pair: partial writes, bursts, messages that cannot be pickled or read, the end."""
 
-import pickle
 import socket
 import threading
 
 import pytest
 
+from actors import frames
 from bridge.link import _CHUNK_BYTES, _HEAD, Accepted, Cancel, Done, Link, Report, Run, Unreadable
 
 
@@ -195,9 +195,9 @@ def test_the_end_right_behind_a_full_chunk_is_said_after_its_messages():
             return self.chunks.pop(0) if self.chunks else b""
 
     message = Done(1, "x" * (_CHUNK_BYTES - 200))
-    padding = _CHUNK_BYTES - _HEAD.size - len(pickle.dumps(message, 5))
+    padding = _CHUNK_BYTES - _HEAD.size - len(frames.dump(message)[0])
     message = Done(1, message.result + "x" * padding)
-    data = pickle.dumps(message, 5)
+    data = frames.dump(message)[0]
     link = Link(Socket(_HEAD.pack(len(data), 1) + data))
     assert len(data) + _HEAD.size == _CHUNK_BYTES
     assert link.receive() == [message]
@@ -207,7 +207,7 @@ def test_the_end_right_behind_a_full_chunk_is_said_after_its_messages():
 
 def test_half_a_message_before_the_end_is_not_delivered(ends):
     worker, driver = ends
-    data = pickle.dumps(Cancel(1), 5)
+    data = frames.dump(Cancel(1))[0]
     driver._socket.send(_HEAD.pack(len(data), 1) + data[:-1])
     driver.close()
     assert worker.receive() == []

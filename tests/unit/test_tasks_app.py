@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from actors import arrays
 from actors.bodies import innermost
 from actors.unopened import Unopened
+from actors.validation import checker
 from bridge.errors import PayloadInvalid
 from bridge.marks import find_marks
-from bridge.validation import checker
 from celery_app import app
 
 app.loader.import_default_modules()

@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.batching import batched
+from actors.validation import MAX_PROBLEMS, checker
 from bridge.errors import PayloadInvalid
-from bridge.validation import MAX_PROBLEMS, checker
 
 SECRET = "s3cret-value-of-a-customer"
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
-from bridge.errors import PayloadInvalid
+from actors.errors import PayloadInvalid
 
 #: Problems one error lists, at most: a wrong list of a million numbers must not make a million lines.
 MAX_PROBLEMS = 10
@@ -59,7 +59,7 @@ def checker(task: str, body: Callable[..., Any]) -> Check:
 def _adapter(body: Callable[..., Any]) -> TypeAdapter[Any]:
     """Validates a call and returns (args, kwargs): pydantic checks a stand-in with the body's signature."""
     signature = inspect.signature(body)
-    hints = _hints(body)
+    hints = hints_of(body)
     usable = {name: hint for name, hint in hints.items() if name in signature.parameters and _is_usable(hint)}
     parameters = [
         parameter.replace(annotation=usable.get(parameter.name, Any)) for parameter in signature.parameters.values()
@@ -75,7 +75,8 @@ def _adapter(body: Callable[..., Any]) -> TypeAdapter[Any]:
     return TypeAdapter(typing.cast(Any, capture))
 
 
-def _hints(body: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(body: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a body, resolved; without those that cannot be."""
     function = body
     while isinstance(function, functools.partial):
         function = function.func
