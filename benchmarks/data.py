@@ -136,7 +136,7 @@ def lane_of(way: Way) -> str:
 
 
 def measured(running: Lane, way: Way, tasks: int) -> dict[str, float]:
-    """One way: calls one after the other, after one that is not counted; and a backlog of twice as many single tasks."""
+    """One way: calls one after the other, after one that is not counted; and a backlog of twice as many, of no chain."""
     figures = alone(running, way, tasks)
     running.results.flushdb()
     if len(way.tasks) == 1:
