@@ -17,6 +17,8 @@ import numpy
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
+from actors.unopened import Unopened
+
 #: What arrays in messages may hold: numbers and truth values. Objects would run code when they are read.
 KINDS = "biufc"
 #: Dimensions of one array, at most (NumPy's own bound is 64).
@@ -28,8 +30,8 @@ passes_on = False
 #: and in prefork children they become arrays.
 keeps_forms = False
 
-#: How a form becomes a NumPy array in this process; `bridge/data.py` and the executor set it.
-opener: "Callable[[ArrayRef], numpy.ndarray[Any, Any]] | None" = None
+#: How what a reference points to is read in this process; `bridge/data.py` and the executor set it.
+opener: Callable[..., Any] | None = None
 
 
 class Mismatch(ValueError):
@@ -39,9 +41,17 @@ class Mismatch(ValueError):
 # ---- forms
 
 
-class _Form(BaseModel):
+class Form(BaseModel):
+    """What stands in a message for an array or a file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def get(self) -> Any:
+        """What it stands for, in the host's memory."""
+        raise NotImplementedError
+
+
+class _Form(Form):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "numpy.ndarray[Any, Any]":
         return numpy.asarray(self.get(), dtype)
 
@@ -103,13 +113,14 @@ class ArrayRef(Described):
         """Read it from its store, in a process that knows one (`import bridge.data`)."""
         if opener is None:
             raise RuntimeError("import bridge.data to read arrays by reference")
-        return opener(self)
+        array: numpy.ndarray[Any, Any] = opener(self)
+        return array
 
 
-_FORMS: dict[str, type[_Form]] = {"npy": Inline, "ref": ArrayRef}
+_FORMS: dict[str, type[Form]] = {"npy": Inline, "ref": ArrayRef}
 
 
-def register_form(kind: str, form: type[_Form]) -> None:
+def register_form(kind: str, form: type[Form]) -> None:
     """Another form, told by its ``kind``."""
     _FORMS[kind] = form
 
@@ -124,7 +135,7 @@ def as_form(value: Any) -> Any:
         return value
     form = _FORMS.get(value.get("kind", ""))
     if form is None:
-        raise ValueError(f"an object that is no array: its kind must be one of {', '.join(_FORMS)}")
+        raise ValueError(f"an object that is neither array nor file: its kind must be one of {', '.join(_FORMS)}")
     try:
         return form.model_validate(value)
     except ValidationError as error:
@@ -154,6 +165,23 @@ def read_npy(data: Any) -> "numpy.ndarray[Any, Any]":
         raise ValueError(f"{dtype.str} of shape {_shown(shape)} has {size} bytes, and {left} follow the header")
     array = numpy.frombuffer(data, dtype, math.prod(shape), file.tell())
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
+
+
+def assembled(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "numpy.ndarray[Any, Any]":
+    """An array from its bytes, which come in pieces; in the byte order of `dtype`.
+
+    Raises:
+        ValueError: more bytes than the array has. Fewer are not noticed: who sends them counts.
+    """
+    target = numpy.empty(shape, dtype)
+    flat, start = target.reshape(-1).view(numpy.uint8) if target.size else numpy.empty(0, numpy.uint8), 0
+    for piece in pieces:
+        end = start + len(piece)
+        if end > flat.size:
+            raise ValueError(f"{dtype} of shape {_shown(shape)} has {flat.size} bytes, and more came")
+        flat[start:end] = numpy.frombuffer(piece, numpy.uint8)
+        start = end
+    return target
 
 
 # ---- what a task takes
@@ -214,6 +242,18 @@ class ArraySpec(NamedTuple):
             value = numpy.from_dlpack(value)
         self.check(value.dtype.str, value.shape)
         return self._checked_values(value)
+
+    def open(self, source: Any) -> Any:
+        """The array on this process's device. Errors as `read` and `ArrayRef.get` say."""
+        from actors.device import to_device
+
+        array = self._checked_values(source.get()) if isinstance(source, Described) else source
+        return self.cast(to_device(array))
+
+    def cast(self, array: Any) -> Any:
+        """A device array in the dtype that was asked for."""
+        wanted = array.dtype.newbyteorder("=") if self.dtype is None else _dtype(self.dtype)
+        return array if array.dtype == wanted else array.astype(wanted)
 
     def check(self, dtype: str, shape: tuple[int, ...]) -> None:
         """Compare with what an array says of itself.
@@ -283,7 +323,7 @@ class ArraySpec(NamedTuple):
 
 
 #: References whose bytes go when their task has ended, seen by validation since the last look; the driver takes them.
-seen_once: list[ArrayRef] = []
+seen_once: list[Any] = []
 
 
 class Array:
@@ -304,59 +344,6 @@ class Array:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return ArraySpec().__get_pydantic_core_schema__(source, handler)
-
-
-# ---- on their way to the body
-
-_found: "list[Unopened]" = []
-
-
-class Unopened:
-    """An array that a body is to get: what it must be, and where it is."""
-
-    __slots__ = ("source", "spec")
-
-    def __init__(self, spec: ArraySpec, source: Any) -> None:
-        self.spec = spec
-        self.source = source  # a NumPy array, or a form by reference
-
-    def __reduce__(self) -> Any:
-        return _unpickled, (self.spec, self.source)
-
-    def __repr__(self) -> str:  # Celery shows arguments in logs and events
-        return f"<{self.spec}>"
-
-    def open(self) -> Any:
-        """The array on this process's device. Errors as `ArraySpec.read` and `ArrayRef.get` say."""
-        from actors.device import to_device
-
-        array = self.source
-        if isinstance(array, Described):
-            array = self.spec._checked_values(array.get())
-        return self.cast(to_device(array))
-
-    def cast(self, array: Any) -> Any:
-        """A device array in the dtype that was asked for."""
-        wanted = array.dtype.newbyteorder("=") if self.spec.dtype is None else _dtype(self.spec.dtype)
-        return array if array.dtype == wanted else array.astype(wanted)
-
-
-def _unpickled(spec: ArraySpec, source: Any) -> Unopened:
-    unopened = Unopened(spec, source)
-    _found.append(unopened)
-    return unopened
-
-
-def forget_found() -> None:
-    """Before something is unpickled."""
-    _found.clear()
-
-
-def take_found() -> list[Unopened]:
-    """What has been unpickled since: with most tasks nothing, and then nobody looks for it in their arguments."""
-    found = _found.copy()
-    _found.clear()
-    return found
 
 
 # ---- small things

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from actors.arrays import assembled
 from actors.device_api import Device, DeviceInfo, DeviceUnusable, Memory, Stream
 from actors.pinned import PinnedCopies, is_worth_it
 from actors.sizes import read_bytes
@@ -254,11 +255,7 @@ class CudaDevice:
 
 
 def _received(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "numpy.ndarray[Any, Any]":
-    target = numpy.empty(shape, dtype)
-    flat, start = target.reshape(-1).view(numpy.uint8) if target.size else numpy.empty(0, numpy.uint8), 0
-    for piece in pieces:
-        flat[start : start + len(piece)] = numpy.frombuffer(piece, numpy.uint8)
-        start += len(piece)
+    target = assembled(pieces, shape, dtype)
     return target if target.dtype.isnative else target.astype(target.dtype.newbyteorder("="))
 
 

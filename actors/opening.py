@@ -11,12 +11,13 @@ from typing import Any
 import numpy
 from pydantic import BaseModel
 
-from actors.arrays import ArrayRef, Unopened
+from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import StoreConfig
 from actors.device import is_device_array
 from actors.device_api import Device
 from actors.errors import DataError, PayloadInvalid, problem
 from actors.stores import Stores
+from actors.unopened import Unopened
 
 
 class Opener:
@@ -79,23 +80,26 @@ class Opener:
 
     def _open(self, unopened: Unopened) -> Any:
         source = unopened.source
-        if not isinstance(source, ArrayRef):
+        spec = unopened.spec
+        if not isinstance(source, ArrayRef) or not isinstance(spec, ArraySpec):
             return unopened.open()
         array = self._device.receive(self.stores.pieces(source), source.shape, source.dtype)
-        if unopened.spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
+        if spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
             raise ValueError("expected finite numbers, found NaN or an infinity")
-        return unopened.cast(array)
+        return spec.cast(array)
 
     # results
 
     def stored(self, value: Any) -> Any:
-        """`value` with a reference in the place of each array, also inside lists, tuples and dicts.
+        """`value` with a reference in the place of each array and of bytes, also inside lists, tuples and dicts.
 
         Raises:
             DataRefused, StoreUnavailable: as their docstrings say.
         """
         if is_device_array(value) or isinstance(value, numpy.ndarray):
             return self.stores.put(self._device.to_host(value))
+        if isinstance(value, bytes):
+            return self.stores.put_bytes(value)
         if isinstance(value, list | tuple):
             return type(value)([self.stored(each) for each in value])
         if isinstance(value, dict):

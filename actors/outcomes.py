@@ -14,7 +14,7 @@ from billiard.common import human_status
 from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
-from actors.arrays import Described, Inline
+from actors.arrays import Form
 from actors.contract import Failed, FailureKind
 from actors.device import is_device_array, to_host
 from actors.exceptions import dumps
@@ -39,7 +39,7 @@ def plain(value: Any, keep_models: bool) -> Any:
         value = to_host(value)
     if isinstance(value, numpy.ndarray | numpy.generic):
         return value.tolist()
-    if isinstance(value, Inline | Described):
+    if isinstance(value, Form):
         return value  # kombu's type registry knows them
     if isinstance(value, BaseModel) and not keep_models:
         return value.model_dump(mode="json")

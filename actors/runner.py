@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import arrays, outcomes, residents
+from actors import arrays, outcomes, residents, unopened
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -374,9 +374,9 @@ class _Result(NamedTuple):
 
 
 def _unpickled(task: TaskCall) -> _Item:
-    arrays.forget_found()
+    unopened.forget_found()
     args, kwargs, context = pickle.loads(task.payload)
-    return _Item(task.token, args, kwargs, context, bool(arrays.take_found()))
+    return _Item(task.token, args, kwargs, context, bool(unopened.take_found()))
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:

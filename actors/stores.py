@@ -1,4 +1,4 @@
-"""Where large data lie while a message carries a reference to them: Redis, or what fsspec opens below an allowed root.
+"""Where large data lie while a message carries a reference to them: Redis, or a place below an allowed root.
 
 A store is used by whoever makes the data (a producer, an executor) and whoever needs them (an executor, a producer),
 never by the worker or the driver. A reference names a place, never an address or a password of Redis: each reader has
@@ -6,26 +6,28 @@ its own configuration. What is written in Redis expires; so does nothing in a fi
 """
 
 import importlib
-import os
 import posixpath
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import numpy
 import redis
 import xxhash
+from celery.exceptions import SoftTimeLimitExceeded
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from actors.arrays import ArrayRef
+from actors.arrays import ArrayRef, assembled
+from actors.blobs import BlobRef
 from actors.contract import StoreConfig
-from actors.errors import DataCorrupt, DataLost, DataRefused, StoreUnavailable
+from actors.errors import DataCorrupt, DataError, DataLost, DataRefused, StoreUnavailable
+from actors.roots import allowed_place, is_redis
 from actors.shared_redis import shared_redis
 from actors.sizes import readable
+from actors.web import fetch
 
 #: One value in Redis; a larger array is kept in several, for Redis serves nobody else while it sends one. redis-py's
 #: parser copies each four times in buffers of this size: with 4 MiB, or several values at once, reading costs twice.
@@ -35,6 +37,8 @@ CHUNK_BYTES = 1 << 20
 READ_BYTES = 1 << 20
 #: What keys of data begin with, after the app's own prefix.
 KEY = "bridge-data-"
+
+Ref = ArrayRef | BlobRef
 
 
 class Store(Protocol):
@@ -48,15 +52,20 @@ class Store(Protocol):
         """
         ...
 
-    def read(self, url: str, size_bytes: int) -> Iterator[Any]:
+    def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """The bytes, in pieces.
+
+        Args:
+            url: where they are.
+            size_bytes: how many there must be; None where only the server knows.
+            most_bytes: more than these are an error.
 
         Raises:
             DataLost, DataCorrupt, DataRefused, StoreUnavailable: as their docstrings say.
         """
         ...
 
-    def delete(self, url: str, size_bytes: int) -> None:
+    def delete(self, url: str, size_bytes: int | None) -> None:
         """Forget it; nothing happens if it is gone.
 
         Raises:
@@ -79,13 +88,14 @@ class RedisStore:
                 piece = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
                 self._client.set(key, piece, px=max(1, round(keep_s * 1000)))
         except redis.RedisError as error:
-            self._forget(name, data.nbytes)
+            if isinstance(error, redis.ResponseError):  # it answers: what it has taken goes at once
+                self._forget(name, data.nbytes)
             raise StoreUnavailable(f"Redis did not take {readable(data.nbytes)}: {_text(error)}") from error
         return f"redis:{name}"
 
-    def read(self, url: str, size_bytes: int) -> Iterator[Any]:
+    def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """As `Store.read`."""
-        for key in self._keys(_name(url), size_bytes):
+        for key in self._keys(_name(url), _known(url, size_bytes)):
             try:
                 piece = self._client.get(key)
             except redis.RedisError as error:
@@ -94,10 +104,10 @@ class RedisStore:
                 raise DataLost(f"{url} is not in Redis: it has expired, was deleted, or is in another Redis")
             yield piece
 
-    def delete(self, url: str, size_bytes: int) -> None:
+    def delete(self, url: str, size_bytes: int | None) -> None:
         """As `Store.delete`."""
         try:
-            self._client.unlink(*self._keys(_name(url), size_bytes))
+            self._client.unlink(*self._keys(_name(url), _known(url, size_bytes)))
         except redis.RedisError as error:
             raise StoreUnavailable(f"Redis did not answer: {_text(error)}") from error
 
@@ -111,75 +121,72 @@ class RedisStore:
         return [f"{self._prefix}{KEY}{name}-{number}" for number in range(count)]
 
 
-class FsspecStore:
-    """Data below allowed roots, in whatever fsspec opens: files, S3 and others."""
+class RootedStore:
+    """Data below allowed roots: on web servers, and in whatever fsspec opens: files, S3 and others.
+
+    Nothing but what `write` has made, below BRIDGE_DATA_URL, is ever deleted.
+    """
 
     def __init__(self, config: StoreConfig) -> None:
-        self._roots = [root.rstrip("/") + "/" for root in config.roots]
-        self._home = config.url.rstrip("/") + "/" if config.url and not config.url.startswith("redis") else ""
-        if self._home:
-            self._roots.append(self._home)
+        self._timeout_s = config.timeout_s
+        self.home = config.url.rstrip("/") + "/" if config.url and not is_redis(config.url) else ""
+        self._roots = [root.rstrip("/") + "/" for root in config.roots] + ([self.home] if self.home else [])
 
     def write(self, data: memoryview, keep_s: float) -> str:
         """As `Store.write`; who owns the place says how long it is kept."""
-        url = f"{self._home}{uuid.uuid4().hex}"
-        system, path = self._opened(url)
+        url = f"{self.home}{uuid.uuid4().hex}"
+        system, path = self._opened(url, [self.home])
         with _answers(url):
             system.makedirs(posixpath.dirname(path), exist_ok=True)
-            system.pipe_file(path, bytes(data))
+            try:
+                system.pipe_file(path, bytes(data))
+            except BaseException:  # a full disk, or an interrupt of the body
+                with suppress(Exception):
+                    system.rm_file(path)
+                raise
         return url
 
-    def read(self, url: str, size_bytes: int) -> Iterator[Any]:
+    def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """As `Store.read`."""
-        system, path = self._opened(url)
+        if url.startswith(("http://", "https://")):
+            place = allowed_place(url, self._roots)
+            yield from fetch(place, most_bytes if size_bytes is None else size_bytes, self._timeout_s)
+            return
+        system, path = self._opened(url, self._roots)
         with _answers(url):
-            found = system.info(path)["size"]
-            if found != size_bytes:
-                raise DataCorrupt(f"{url} has {found} bytes, and the reference says {size_bytes}")
+            info = system.info(path)
+            if info["type"] != "file":  # a folder, a pipe, a device
+                raise FileNotFoundError(url)
+            if size_bytes is not None and info["size"] not in (size_bytes, None):
+                raise DataCorrupt(f"{url} has {info['size']} bytes, and the reference says {size_bytes}")
             with system.open(path, "rb") as file:
                 while piece := file.read(CHUNK_BYTES):
                     yield piece
 
-    def delete(self, url: str, size_bytes: int) -> None:
+    def delete(self, url: str, size_bytes: int | None) -> None:
         """As `Store.delete`."""
-        system, path = self._opened(url)
+        system, path = self._opened(url, [self.home] if self.home else [])
         with _answers(url):
             if system.exists(path):
                 system.rm_file(path)
 
-    def _opened(self, url: str) -> tuple[Any, str]:
+    def _opened(self, url: str, roots: list[str]) -> tuple[Any, str]:
         """fsspec's file system and its path of a URL below an allowed root.
 
         Raises:
-            DataRefused: any other; the text names the roots.
+            DataRefused: any other.
+            StoreUnavailable: a package is not installed here, or the file system cannot be had.
         """
-        place = allowed_place(url, self._roots)
+        place = allowed_place(url, roots)
         try:
             fsspec = importlib.import_module("fsspec")
             return fsspec.core.url_to_fs(place)  # type: ignore[no-any-return]
         except ImportError as error:
             raise StoreUnavailable(f"{url} needs a package that is not installed here: {_text(error)}") from error
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:
             raise StoreUnavailable(f"{url} cannot be opened: {_text(error)}") from error
-
-
-def allowed_place(url: str, roots: list[str]) -> str:
-    """The URL in plain form, when it lies below one of `roots`, each ending in a slash.
-
-    Raises:
-        DataRefused: it does not. What ``..``, ``%2e``, ``//`` or a link would make of it counts, not how it is written.
-    """
-    parts = urlsplit(url)
-    plain = posixpath.normpath(parts.path)
-    if parts.scheme == "file" or not parts.scheme:
-        plain = os.path.realpath(parts.path)
-        roots = [f"file://{os.path.realpath(urlsplit(root).path)}/" for root in roots if root.startswith("file:")]
-    is_odd = "%" in url or "\\" in url or "?" in url or "#" in url or "::" in url or "@" in parts.netloc
-    place = f"{parts.scheme}://{parts.netloc}{plain}"
-    if is_odd or not any(place.startswith(root) for root in roots):
-        names = ", ".join(roots) or "none"
-        raise DataRefused(f"{url[:200]} is not below an allowed root (BRIDGE_DATA_ROOTS: {names})")
-    return place
 
 
 class Stores:
@@ -193,7 +200,7 @@ class Stores:
     def __init__(self, app: Any, config: StoreConfig) -> None:
         self._app, self._config = app, config
         self._redis: RedisStore | None = None
-        self._fsspec = FsspecStore(config)
+        self._rooted = RootedStore(config)
 
     def put(self, array: "numpy.ndarray[Any, Any]", keep_s: float | None = None, once: bool = False) -> ArrayRef:
         """Write an array; the reference that finds it.
@@ -204,32 +211,65 @@ class Stores:
         """
         array = numpy.asarray(array)  # not ascontiguousarray, which gives a scalar a dimension
         array = array if array.flags.c_contiguous else array.copy(order="C")
-        self._check_size(array.nbytes)
         data = memoryview(array.reshape(-1).view(numpy.uint8) if array.size else b"")  # type: ignore[arg-type]
-        wanted_s = self._config.keep_s if keep_s is None else keep_s
-        home = self._fsspec if self._fsspec._home else self._in_redis()
-        url = home.write(data, wanted_s)
-        expires_at = time.time() + wanted_s if url.startswith("redis:") else None
-        return ArrayRef(
-            url=url, dtype=array.dtype.str, shape=array.shape, size_bytes=array.nbytes,
-            checksum=f"xxh3:{xxhash.xxh3_64_hexdigest(data)}", expires_at=expires_at, once=once,
-        )  # fmt: skip
+        return ArrayRef(dtype=array.dtype.str, shape=array.shape, once=once, **self._write(data, keep_s))
 
-    def pieces(self, ref: ArrayRef) -> Iterator[Any]:
+    def put_bytes(self, data: Any, keep_s: float | None = None, once: bool = False) -> BlobRef:
+        """Write bytes; the reference that finds them. Errors as `put`."""
+        return BlobRef(once=once, **self._write(memoryview(data).cast("B"), keep_s))
+
+    def pieces(self, ref: Ref, most_bytes: int | None = None) -> Iterator[Any]:
         """The bytes of a reference, in pieces; they are right only if this ends without an error.
 
+        Args:
+            ref: the reference.
+            most_bytes: of a file whose size its reference does not tell, at most.
+
         Raises:
+            DataRefused: at once, if they are too many.
             DataLost, DataCorrupt, DataRefused, StoreUnavailable: as their docstrings say.
         """
         self._check_size(ref.size_bytes)
+        limit_bytes = self._config.limit_bytes
+        return self._checked(ref, limit_bytes if most_bytes is None else min(most_bytes, limit_bytes))
+
+    def get(self, ref: Ref, most_bytes: int | None = None) -> Any:
+        """Read an array or bytes into the host's memory; errors as `pieces`."""
+        pieces = self.pieces(ref, most_bytes)
+        if isinstance(ref, BlobRef):
+            return b"".join(pieces)
+        return assembled(pieces, ref.shape, ref.dtype)
+
+    def delete(self, ref: Ref) -> None:
+        """Forget what a reference points to; nothing happens if it is gone.
+
+        Raises:
+            DataRefused: it is not what `put` makes: nothing below BRIDGE_DATA_ROOTS is ever deleted.
+            StoreUnavailable: the store does not answer.
+        """
+        self._check_size(ref.size_bytes)  # or a lie about it makes millions of names
+        self._store_of(ref).delete(ref.url, ref.size_bytes)
+
+    def _write(self, data: memoryview, keep_s: float | None) -> dict[str, Any]:
+        self._check_size(data.nbytes)
+        wanted_s = self._config.keep_s if keep_s is None else keep_s
+        home: Store = self._rooted if self._rooted.home else self._in_redis()
+        url = home.write(data, wanted_s)
+        expires_at = time.time() + wanted_s if url.startswith("redis:") else None
+        checksum = f"xxh3:{xxhash.xxh3_64_hexdigest(data)}"
+        return {"url": url, "size_bytes": data.nbytes, "checksum": checksum, "expires_at": expires_at}
+
+    def _checked(self, ref: Ref, most_bytes: int) -> Iterator[Any]:
         digest, count = xxhash.xxh3_64(), 0
-        for piece in self._store_of(ref).read(ref.url, ref.size_bytes):
+        for piece in self._store_of(ref).read(ref.url, ref.size_bytes, most_bytes):
             count += len(piece)
-            if count > ref.size_bytes:
+            if ref.size_bytes is None and count > most_bytes:
+                raise DataRefused(f"{ref.url} has more than {readable(most_bytes)}, which is what may be read of it")
+            if ref.size_bytes is not None and count > ref.size_bytes:
                 break
             digest.update(piece)
             yield piece
-        if count != ref.size_bytes:
+        if ref.size_bytes not in (count, None):
             raise DataCorrupt(f"{ref.url} is not of the {ref.size_bytes} bytes that its reference says")
         kind, _, wanted = ref.checksum.partition(":")
         if kind == "xxh3" and digest.hexdigest() != wanted:
@@ -237,28 +277,15 @@ class Stores:
         if kind not in ("xxh3", ""):
             raise DataRefused(f"{ref.url}: checksums of kind {kind!r} are not known here; xxh3 is")
 
-    def get(self, ref: ArrayRef) -> "numpy.ndarray[Any, Any]":
-        """Read an array into the host's memory; errors as `pieces`."""
-        target = numpy.empty(ref.shape, ref.dtype)
-        flat, start = target.reshape(-1).view(numpy.uint8) if target.size else target, 0
-        for piece in self.pieces(ref):
-            flat[start : start + len(piece)] = numpy.frombuffer(piece, numpy.uint8)
-            start += len(piece)
-        return target
-
-    def delete(self, ref: ArrayRef) -> None:
-        """Forget what a reference points to; nothing happens if it is gone."""
-        self._store_of(ref).delete(ref.url, ref.size_bytes)
-
-    def _check_size(self, size_bytes: int) -> None:
-        if size_bytes > self._config.limit_bytes:
+    def _check_size(self, size_bytes: int | None) -> None:
+        if size_bytes is not None and size_bytes > self._config.limit_bytes:
             raise DataRefused(
-                f"an array of {readable(size_bytes)}, more than BRIDGE_DATA_LIMIT_BYTES allows "
+                f"data of {readable(size_bytes)}, more than BRIDGE_DATA_LIMIT_BYTES allows "
                 f"({readable(self._config.limit_bytes)})"
             )
 
-    def _store_of(self, ref: ArrayRef) -> Store:
-        return self._in_redis() if ref.url.startswith("redis:") else self._fsspec
+    def _store_of(self, ref: Ref) -> Store:
+        return self._in_redis() if ref.url.startswith("redis:") else self._rooted
 
     def _in_redis(self) -> RedisStore:
         if self._redis is None:
@@ -268,19 +295,22 @@ class Stores:
 
     def _place(self) -> tuple[Any, str]:
         config = self._config
-        if config.url and config.url.startswith("redis"):
+        if config.url and is_redis(config.url):
             timeouts = {"socket_timeout": config.timeout_s, "socket_connect_timeout": config.timeout_s}
-            client = redis.Redis.from_url(
-                config.url, **timeouts, socket_read_size=READ_BYTES, retry=Retry(NoBackoff(), 1)
-            )
-            return client, ""
-        try:
-            shared = shared_redis(self._app, config.timeout_s, READ_BYTES)
-        except Exception as error:
-            raise StoreUnavailable(f"the app's Redis does not answer: {_text(error)}") from error
-        if shared is None:
-            raise StoreUnavailable("the app has no Redis for large data: set BRIDGE_DATA_URL, to redis://... or a root")
-        return shared.client, shared.prefix
+            client, prefix = redis.Redis.from_url(config.url, **timeouts, socket_read_size=READ_BYTES), ""
+        else:
+            try:
+                shared = shared_redis(self._app, config.timeout_s, READ_BYTES)
+            except Exception as error:
+                raise StoreUnavailable(f"the app's Redis does not answer: {_text(error)}") from error
+            if shared is None:
+                raise StoreUnavailable(
+                    "the app has no Redis for large data: set BRIDGE_DATA_URL, to redis://... or a root"
+                )
+            client, prefix = shared.client, shared.prefix
+        # A connection that went stale is made anew; one that hangs is not waited for twice.
+        client.set_retry(Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)))
+        return client, prefix
 
 
 def _name(url: str) -> str:
@@ -290,18 +320,28 @@ def _name(url: str) -> str:
     return name
 
 
+def _known(url: str, size_bytes: int | None) -> int:
+    if size_bytes is None:
+        raise DataRefused(f"{url}: a reference to data in Redis tells their size_bytes")
+    return size_bytes
+
+
 @contextmanager
 def _answers(url: str) -> Iterator[None]:
     try:
         yield
-    except (DataLost, DataCorrupt, DataRefused, StoreUnavailable):
+    except (DataError, SoftTimeLimitExceeded):
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataLost(f"{url} is not there") from error
+    except PermissionError as error:
+        raise DataRefused(f"{url} may not be read or written by this process") from error
     except Exception as error:
         raise StoreUnavailable(f"{url} cannot be read or written: {_text(error)}") from error
 
 
 def _text(error: BaseException) -> str:
-    """A foreign error's text, bounded; redis's own hold no password."""
+    """A foreign error's text, bounded: Redis' own hold no password, and of the system's goes the reason alone."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return f"{type(error).__name__}: {error}"[:200]

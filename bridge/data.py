@@ -1,11 +1,12 @@
-"""`from bridge import data`: large arrays by reference. For producers too: loads neither ray nor cupy.
+"""`from bridge import data`: large arrays and files by reference. For producers too: loads neither ray nor cupy.
 
     ref = data.put(array)            # the bytes go to a store, once
     result = total.delay(ref)        # the message carries where they lie
     data.get(result.get())           # a task with Gpu(result="ref") answers in the same way
 
 Importing this module also teaches kombu's JSON arrays: a NumPy array given to ``delay()`` travels in the message when
-it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one.
+it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one. Bytes
+travel inside, and by reference where a producer says so: ``data.put_bytes(path.read_bytes())``.
 """
 
 import asyncio
@@ -17,14 +18,17 @@ from celery import current_app, signals
 from kombu.utils.json import register_type
 
 from actors import arrays
-from actors.arrays import Array, ArrayRef, ArraySpec, Inline, as_form
+from actors.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
+from actors.blobs import Blob, BlobRef, BlobSpec, InlineBytes
+from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
 from bridge.settings import settings
 
-__all__ = ["Array", "ArrayRef", "ArraySpec", "aget", "aput", "delete", "get", "put"]
+__all__ = ["Array", "ArrayRef", "ArraySpec", "Blob", "BlobRef", "BlobSpec", "Image", "ImageSpec"]
+__all__ += ["aget", "aput", "delete", "get", "put", "put_bytes"]
 
-#: The name under which arrays are known to kombu's JSON, on both sides.
-MARKER = "bridge.array"
+#: The names under which arrays and files are known to kombu's JSON, on both sides.
+MARKER, BLOB_MARKER = "bridge.array", "bridge.blob"
 
 
 def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
@@ -43,8 +47,13 @@ def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> Array
     return _stored(_stores(), array, keep_s, once)
 
 
-def get(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
-    """The array of a reference, or of its JSON.
+def put_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -> BlobRef:
+    """Write the bytes of a file to the store; arguments and errors as `put`."""
+    return _stores().put_bytes(data, keep_s, once)
+
+
+def get(ref: Any) -> Any:
+    """The array, or the bytes, of a reference or of its JSON.
 
     Raises:
         ValueError: no reference.
@@ -53,15 +62,16 @@ def get(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
     return _opened(_stores(), ref)
 
 
-def delete(ref: ArrayRef | dict[str, Any]) -> None:
+def delete(ref: Any) -> None:
     """Forget the bytes of a reference before they expire; nothing happens if they are gone.
 
     Raises:
         ValueError: no reference.
-        DataRefused, StoreUnavailable: as their docstrings say.
+        DataRefused: not what `put` has made; other people's files are never deleted.
+        StoreUnavailable: the store does not answer.
     """
     form = _form(ref)
-    if isinstance(form, ArrayRef):
+    if isinstance(form, ArrayRef | BlobRef):
         _stores().delete(form)
 
 
@@ -70,7 +80,7 @@ async def aput(array: Any, *, keep_s: float | None = None, once: bool = False) -
     return await asyncio.to_thread(_stored, _stores(), array, keep_s, once)  # in a thread Celery may know no app
 
 
-async def aget(ref: ArrayRef | dict[str, Any]) -> "numpy.ndarray[Any, Any]":
+async def aget(ref: Any) -> Any:
     """`get`, while the event loop goes on."""
     return await asyncio.to_thread(_opened, _stores(), ref)
 
@@ -82,32 +92,34 @@ def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> Arr
     return stores.put(array, keep_s, once)
 
 
-def _opened(stores: Stores, ref: Any) -> "numpy.ndarray[Any, Any]":
+def _opened(stores: Stores, ref: Any) -> Any:
     form = _form(ref)
-    return stores.get(form) if isinstance(form, ArrayRef) else numpy.asarray(form.get())
+    return stores.get(form) if isinstance(form, ArrayRef | BlobRef) else form.get()
 
 
 def _form(ref: Any) -> Any:
     form = as_form(ref)
-    if not isinstance(form, Inline | ArrayRef | numpy.ndarray):
-        raise ValueError(f"no reference to an array: {type(ref).__name__}; `data.put` returns one")
-    return form if not isinstance(form, numpy.ndarray) else Inline.of(form)
+    if isinstance(form, numpy.ndarray):
+        return Inline.of(form)
+    if not isinstance(form, Form):
+        raise ValueError(f"no reference to an array or a file: {type(ref).__name__}; `put` and `put_bytes` return one")
+    return form
 
 
 # ---- in messages and results
 
 
 def _encoded(value: Any) -> Any:
-    """JSON of an array or a form of one."""
+    """JSON of an array, or of a form."""
     if isinstance(value, numpy.ndarray):
         value = Inline.of(value) if value.nbytes <= settings().data_inline_bytes else put(value)
     return value.model_dump(mode="json")
 
 
 def _decoded(value: Any) -> Any:
-    """A form, or in a producer the array itself."""
+    """A form, or in a producer the array or the bytes."""
     form = as_form(value)
-    return form if arrays.keeps_forms or not isinstance(form, Inline | ArrayRef) else form.get()
+    return form if arrays.keeps_forms or not isinstance(form, Form) else form.get()
 
 
 @cache
@@ -121,7 +133,9 @@ def _stores() -> Stores:
 
 for _type in (numpy.ndarray, Inline, ArrayRef):
     register_type(_type, MARKER, _encoded, _decoded)
-arrays.opener = lambda ref: _stores().get(ref)
+for _form_type in (InlineBytes, BlobRef):
+    register_type(_form_type, BLOB_MARKER, _encoded, _decoded)
+arrays.opener = lambda ref, most_bytes=None: _stores().get(ref, most_bytes)
 
 
 @signals.worker_init.connect

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from actors.contract import StoreConfig
+from actors.roots import is_redis
 from bridge.errors import ConfigurationInvalid
 
 
@@ -121,20 +122,22 @@ class Settings(BaseSettings):
     # large data (bridge/data.py)
     data_url: str | None = Field(
         None,
-        description="where arrays by reference are put: redis://..., or a root that fsspec opens, such as "
+        description="where arrays and files by reference are put: redis://..., or a root that fsspec opens, such as "
         "s3://bucket/prefix or file:///mnt/shared; default: the Redis of the result backend, else of the broker",
     )
     data_roots: list[str] = Field(
         [],
         description="JSON list of roots below which references to files and URLs are read, such as "
-        "https://images.example.com/public/; all others are refused",
+        "https://images.example.com/public/; all others are refused, nothing below them is written or deleted",
     )
     data_keep_s: float = Field(3600.0, gt=0, description="data in Redis expire after this")
     data_inline_bytes: int = Field(
         65_536, ge=0, description="arrays given to delay() travel in the message up to this size, by reference above"
     )
-    data_limit_bytes: int = Field(1 << 34, ge=1, description="one array by reference, at most")
-    data_timeout_s: float = Field(10.0, gt=0, description="Redis has this long for one read or write of large data")
+    data_limit_bytes: int = Field(1 << 34, ge=1, description="one array or file by reference, at most")
+    data_timeout_s: float = Field(
+        10.0, gt=0, description="Redis or a web server has this long for one answer with large data"
+    )
 
     # how calls are shared between tasks (bridge/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
@@ -168,6 +171,20 @@ class Settings(BaseSettings):
             _place(address)
         return address
 
+    @field_validator("data_url")
+    @classmethod
+    def _is_a_store(cls, url: str | None) -> str | None:
+        if url is None or is_redis(url):
+            return url
+        if url.startswith(("http://", "https://")):
+            raise ValueError("web servers are only read from; write redis://... or a root such as s3://bucket/prefix")
+        return _root(url)
+
+    @field_validator("data_roots")
+    @classmethod
+    def _are_roots(cls, roots: list[str]) -> list[str]:
+        return [_root(root) for root in roots]
+
     @property
     def health_place(self) -> tuple[str, int] | None:
         """Host and port of `health_address`."""
@@ -189,6 +206,13 @@ class Settings(BaseSettings):
         if self.min_actors is not None and self.max_actors is not None and self.min_actors > self.max_actors:
             raise ValueError("BRIDGE_MIN_ACTORS is larger than BRIDGE_MAX_ACTORS")
         return self
+
+
+def _root(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    if scheme in ("", "local") or not rest.strip("/") or any(odd in url for odd in ("%", "?", "#", "@", "::", "\\")):
+        raise ValueError("write a root such as s3://bucket/prefix, file:///mnt/shared or https://host/path")
+    return url
 
 
 def _place(address: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""GPU tasks on photographs: base64 of a PNG or JPEG file in, base64 of a PNG file out.
+"""GPU tasks on photographs: a PNG or JPEG file in, as base64 or by reference; base64 of a PNG file out.
 
 Inside, a picture is a device array: float32, shape (height, width, 3), RGB in 0..1. Each task decodes once, stays on
 the device, and encodes once; `enhance` shows why that matters: three steps, one trip.

@@ -9,6 +9,7 @@ import numpy
 import pytest
 from PIL import Image
 
+from bridge import data
 from tests.support.services import Worker
 
 GET = {"timeout": 90}
@@ -70,6 +71,16 @@ def test_images(task):
     assert size(run(task("images.resize", image, 30, 20))) == (30, 20)
     for name in ("denoise", "edges", "equalise", "enhance"):
         assert size(run(task(f"images.{name}", image))) == (60, 40)
+
+
+def test_images_by_reference(task, producer):
+    """The same task, the same result; what comes out is base64 of a PNG for any producer."""
+    image = picture()
+    producer.set_current()
+    ref = data.put_bytes(base64.b64decode(image))
+    for form in (ref, ref.model_dump(mode="json"), {"kind": "bytes", "data": image}):
+        assert run(task("images.denoise", form)) == run(task("images.denoise", image))
+    data.delete(ref)
 
 
 def test_vectors(task):

@@ -122,3 +122,30 @@ def test_a_health_address_is_on_loopback_unless_it_names_a_host(address, place):
 def test_a_health_address_that_means_nothing(address):
     with pytest.raises(ValidationError, match="write host:port"):
         Settings(health_address=address)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:p@h:1/0", "rediss://h", "unix:///s", "file:///mnt/shared", "s3://bucket/prefix/"]
+)
+def test_a_store_for_large_data(url):
+    assert Settings(data_url=url).stores.url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///", "file://", "/mnt", "", "local:///mnt", "https://h/x", "s3://u:geheim@b", "a::s3://b"]
+)
+def test_a_store_that_means_nothing(environment, url):
+    environment(BRIDGE_DATA_URL=url)
+    with pytest.raises(
+        ConfigurationInvalid, match=r"BRIDGE_DATA_URL: Value error, (write a root|web servers)"
+    ) as caught:
+        settings()
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "root", ["file:///", "/mnt", "https://h/?a", "https://h/%20", "https://u@h/", "zip::https://h/"]
+)
+def test_a_root_that_means_nothing(root):
+    with pytest.raises(ValidationError, match="write a root such as"):
+        Settings(data_roots=["https://h/x", root])

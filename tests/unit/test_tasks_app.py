@@ -9,7 +9,9 @@ import typing
 import pytest
 from pydantic import TypeAdapter
 
+from actors import arrays
 from actors.bodies import innermost
+from actors.unopened import Unopened
 from bridge.errors import PayloadInvalid
 from bridge.marks import find_marks
 from bridge.validation import checker
@@ -69,7 +71,8 @@ def test_every_warm_up_example_fits_the_signature_and_runs(name):
     example = MARKS[name].gpu.example
     assert example is not None, "a task without an example compiles its kernels in a user's time"
     positional, _ = checked(name, *example)
-    assert positional == example  # a payload stays what JSON made of it
+    for before, after in zip(example, positional, strict=True):  # a payload stays what JSON made of it
+        assert after == before or isinstance(after, Unopened)
     json.dumps(app.tasks[name](*example))
 
 
@@ -105,7 +108,9 @@ def test_annotations_refuse_what_makes_no_sense(name, arguments, field):
 
 def checked(name, *arguments):
     """Check positional arguments as the driver does."""
-    return checker(name, innermost(app.tasks[name]))(arguments, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "passes_on", True)
+        return checker(name, innermost(app.tasks[name]))(arguments, {})
 
 
 def test_broker_and_backend_come_from_the_environment(monkeypatch):

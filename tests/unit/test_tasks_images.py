@@ -7,6 +7,7 @@ import numpy
 import pytest
 from PIL import Image as pillow
 
+from actors.pictures import ImageSpec
 from celery_app.tasks.images import _equalised, _resized, denoise, edges, enhance, equalise, resize
 
 
@@ -196,6 +197,14 @@ def test_tiny_pictures_keep_their_size(task, shape):
 @pytest.mark.parametrize("task", [denoise, edges, equalise, enhance])
 def test_jpeg_is_taken_too(task):
     assert pixels_of(task(payload(photograph(), "JPEG"))).shape == (40, 56, 3)
+
+
+@pytest.mark.parametrize("call", [denoise, lambda image: denoise.apply((image,)).get()], ids=["called", "eager"])
+def test_each_form_gives_the_same_picture_without_a_bridge_too(call):
+    text = payload(photograph())
+    file = base64.b64decode(text)
+    for form in (file, bytearray(file), {"kind": "bytes", "data": text}, ImageSpec().pixels(text)):
+        assert call(form) == denoise(text)
 
 
 @pytest.mark.parametrize("task", [denoise, edges, equalise, enhance, lambda image: resize(image, 4, 4)])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as pillow
 from pydantic import TypeAdapter, ValidationError
 
+from actors import blobs
 from celery_app.tasks import payloads
 from celery_app.tasks.payloads import Image, image_of, open_picture, pixels_of
 
@@ -36,15 +37,14 @@ def saved(picture, file_format="PNG", **options):
     return encode(file.getvalue())
 
 
-def test_a_good_payload_stays_the_string_it_is():
-    good = encode(png(1, 1, b"\0\1\2\3"))
-    assert ADAPTER.validate_python(good) is good
+def test_a_good_payload_becomes_pixels():
+    assert ADAPTER.validate_python(saved(pillow.new("RGB", (3, 2), "white"))).tolist() == [[[255] * 3] * 3] * 2
 
 
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (5, "valid string"),
+        (5, "expected a picture .*found int"),
         ("", "the picture is empty"),
         ("%%%%", "not base64"),
         ("abc", "not base64"),
@@ -59,11 +59,11 @@ def test_a_bad_payload_is_refused_before_any_decoding(bad, reason):
 
 
 def test_a_long_payload_is_refused_by_its_length_alone(monkeypatch):
-    monkeypatch.setattr(payloads.base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
-    long = "A" * (payloads.MAX_IMAGE_CHARACTERS + 1)
-    with pytest.raises(ValidationError, match="at most 11184812 characters"):
+    monkeypatch.setattr(blobs.base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    long = "A" * (4 * -(-payloads.MAX_IMAGE_BYTES // 3) + 4)
+    with pytest.raises(ValidationError, match=r"at most 8\.0 MiB are allowed"):
         ADAPTER.validate_python(long)
-    with pytest.raises(ValueError, match="at most 11184812 are allowed"):
+    with pytest.raises(ValueError, match=r"at most 8\.0 MiB are allowed"):
         open_picture(long)
 
 

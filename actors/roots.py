@@ -1,0 +1,38 @@
+"""Which places data may be read from. Touches nothing but links in the file system, which it follows."""
+
+import os
+import posixpath
+import re
+from urllib.parse import urlsplit
+
+from actors.errors import DataRefused
+
+
+def is_redis(url: str) -> bool:
+    """Whether BRIDGE_DATA_URL names a Redis."""
+    return url.startswith(("redis://", "rediss://", "unix://"))
+
+
+def allowed_place(url: str, roots: list[str]) -> str:
+    """The URL in plain form, when it lies below one of `roots`, each ending in a slash.
+
+    Raises:
+        DataRefused: it does not. What ``..``, ``%2e``, ``//`` or a link would make of it counts, not how it is written.
+            The text names no root and no other place: whoever sends tasks reads it.
+    """
+    shown = re.sub(r"//[^/]*@", "//...@", url).partition("?")[0][:200]  # no password, no signature
+    refused = DataRefused(f"{shown!r} is not below an allowed root: BRIDGE_DATA_ROOTS lists them")
+    if not url.isprintable() or any(odd in url for odd in ("%", "\\", "?", "#", "::")):
+        raise refused
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise refused from None
+    plain = posixpath.normpath(parts.path)
+    if parts.scheme == "file":
+        plain = os.path.realpath(parts.path)
+        roots = [f"file://{os.path.realpath(urlsplit(root).path)}/" for root in roots if root.startswith("file:")]
+    place = f"{parts.scheme}://{parts.netloc}{plain}"
+    if not any(place.startswith(root) for root in roots):
+        raise refused
+    return place

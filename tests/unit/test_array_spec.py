@@ -1,0 +1,242 @@
+"""What a task takes that wants an array: dtype, shape, bounds, byte order, NaN; what becomes of lists."""
+
+import base64
+import io
+import pickle
+from typing import Annotated, Any
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from pydantic import TypeAdapter
+
+from actors import arrays
+from actors.arrays import Array, ArrayRef, ArraySpec, Inline, Mismatch, read_npy
+from actors.device import CpuDevice
+from actors.unopened import Unopened
+
+
+def spec(*parts):
+    return Array[parts].__metadata__[0]
+
+
+def read(spec, value):
+    return spec.validate(value)
+
+
+DTYPES = {
+    "same": ("f8", numpy.ones(2), None),
+    "narrower float": ("f8", numpy.ones(2, "f4"), None),
+    "integers that fit": ("f8", numpy.ones(2, "i4"), None),
+    "integers that may not": ("f4", numpy.ones(2, "i4"), "float32 .*found int32"),
+    "wider float": ("f4", numpy.ones(2), "found float64"),
+    "float for integer": ("i8", numpy.ones(2), "expected int64 of any shape, found float64"),
+    "bool for integer": ("i8", numpy.ones(2, bool), None),
+    "integer for bool": ("?", numpy.ones(2, int), "expected bool .*found int64"),
+    "unsigned for signed": ("i8", numpy.ones(2, "u4"), None),
+    "signed for unsigned": ("u8", numpy.ones(2, "i4"), "found int32"),
+    "complex for float": ("f8", numpy.ones(2, complex), "found complex128"),
+    "float for complex": ("c16", numpy.ones(2), None),
+    "half": ("f2", numpy.ones(2, "f2"), None),
+    "big endian": ("f8", numpy.ones(2, ">f8"), None),
+    "big endian wanted": (">f8", numpy.ones(2), None),
+    "strings": (None, numpy.array(["a"]), "expected numbers|not accepted"),
+    "dates": (None, numpy.array(["2026-01-01"], "M8[D]"), "expected numbers|not accepted"),
+    "objects": (None, numpy.array([None]), "expected numbers|not accepted"),
+    "records": (None, numpy.zeros(2, [("a", "f8")]), "expected numbers|not accepted"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "value", "text"), DTYPES.values(), ids=DTYPES)
+def test_dtypes(dtype, value, text):
+    """By array, envelope and reference alike; the body gets what was asked for, in native byte order."""
+    wanted = spec(dtype)
+    if text is None:
+        for form in (value, Inline.of(value), Inline.of(value).model_dump()):
+            found = read(wanted, form)
+            assert found.dtype == numpy.dtype(dtype) and (found == value).all()
+        wanted.check(value.dtype.str, value.shape)
+    else:
+        with pytest.raises(ValueError, match=text):
+            read(wanted, value)
+
+
+SHAPES = {
+    "any": ((), (2, 3), True),
+    "length": ((3,), (3,), True),
+    "another length": ((3,), (4,), False),
+    "fewer dimensions": ((3, 3), (3,), False),
+    "more dimensions": (("*",), (3, 3), False),
+    "star": (("*", 3), (0, 3), True),
+    "square": (("n", "n"), (4, 4), True),
+    "not square": (("n", "n"), (4, 5), False),
+    "two names": (("n", "m", "n"), (4, 5, 4), True),
+    "bounds": ((slice(1, 3),), (3,), True),
+    "below": ((slice(1, 3),), (0,), False),
+    "above": ((slice(1, 3),), (4,), False),
+    "at least": ((slice(2, None),), (10,), True),
+    "at most": ((slice(None, 2),), (0,), True),
+    "zero": ((0,), (0,), True),
+}
+
+
+@pytest.mark.parametrize(("wanted", "shape", "fits"), SHAPES.values(), ids=SHAPES)
+def test_shapes(wanted, shape, fits):
+    for value in (numpy.ones(shape), numpy.asfortranarray(numpy.ones(shape))):
+        if fits:
+            assert read(spec("f8", *wanted), value).shape == shape
+        else:
+            with pytest.raises(Mismatch, match=r"found float64 of shape"):
+                read(spec("f8", *wanted), value)
+
+
+def test_a_number_is_an_array_without_dimensions():
+    assert read(spec("f8"), numpy.float64(3)).shape == ()
+    assert read(spec("f8"), numpy.array(3)).shape == ()
+    assert read(ArraySpec("<f8", ()), numpy.array(3.0)).shape == ()
+    with pytest.raises(Mismatch, match=r"of shape \(\), found float64 of shape \(1,\)"):
+        read(ArraySpec("<f8", ()), numpy.ones(1))
+
+
+LISTS = {
+    "integers": ("f8", [1, 2], [1.0, 2.0]),
+    "floats": ("f4", [0.5], [0.5]),
+    "nested": ("f8", [[1], [2]], [[1.0], [2.0]]),
+    "tuples": ("i8", ((1, 2), (3, 4)), [[1, 2], [3, 4]]),
+    "empty": ("i8", [], []),
+    "empty rows": ("f8", [[], []], [[], []]),
+    "truth values": ("?", [True, False], [True, False]),
+    "floats for integers": ("i8", [1.5], "found a list of float64"),
+    "floats that are whole, for integers": ("i8", [1.0], "found a list of float64"),
+    "beyond bounds": ("i1", [1, 128], "found a number beyond -128 to 127"),
+    "negative for unsigned": ("u1", [-1], "found a number beyond 0 to 255|found a list of int64"),
+    "beyond all": ("u8", [2**70], "found a list with an element that is no number"),
+    "text": ("f8", ["1"], "no number"),
+    "nothing": ("f8", [None], "no number"),
+    "ragged": ("f8", [[1], [2, 3]], "rows have different lengths"),
+    "a dict": ("f8", [{"a": 1}], "no number"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "value", "expected"), LISTS.values(), ids=LISTS)
+def test_lists(dtype, value, expected):
+    if isinstance(expected, list):
+        found = read(spec(dtype), value)
+        assert found.dtype == numpy.dtype(dtype) and found.tolist() == expected
+    else:
+        with pytest.raises(Mismatch, match=expected):
+            read(spec(dtype), value)
+
+
+@given(values=st.lists(st.floats(width=64), max_size=20))
+def test_lists_of_floats_are_exact(values):
+    numpy.testing.assert_array_equal(read(spec("f8"), values), numpy.array(values))
+
+
+@given(
+    values=st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=10),
+    dtype=st.sampled_from(["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]),
+)
+def test_lists_of_integers_are_exact_or_refused(values, dtype):
+    bounds = numpy.iinfo(dtype)
+    fits = all(bounds.min <= value <= bounds.max for value in values)
+    try:
+        found = read(spec(dtype), values)
+    except Mismatch:
+        assert not fits or dtype[0] == "u"  # NumPy reads a list as int64, which is not cast to unsigned
+        return
+    assert fits and found.tolist() == values
+
+
+@pytest.mark.parametrize("value", [[1.0, float("nan")], numpy.array([[1, numpy.inf]]), numpy.array([1j * numpy.nan])])
+def test_finite(value):
+    wanted = ArraySpec(None, None, True)
+    with pytest.raises(Mismatch, match="expected finite numbers, found NaN or an infinity at"):
+        read(wanted, value)
+    assert read(ArraySpec(), value) is not None
+    assert read(wanted, [1, 2]).tolist() == [1, 2] and read(wanted, []).size == 0
+
+
+def test_what_is_no_array():
+    for value in (3, "text", None, {1}, {"kind": "bytes", "data": ""}, {"kind": "blob", "url": "redis:a"}):
+        with pytest.raises(ValueError, match=r"found|kind"):
+            read(spec("f8"), value)
+
+
+@pytest.mark.parametrize("parts", [("f8", 1.5), ("f8", None), ("nonsense",), ("O",), ("S3",), ("M8[s]",)])
+def test_a_wrong_type_fails_where_it_is_declared(parts):
+    with pytest.raises((TypeError, ValueError)):
+        Array[parts]
+
+
+def test_the_driver_passes_on(monkeypatch):
+    monkeypatch.setattr(arrays, "passes_on", True)
+    ref = {"kind": "ref", "url": "redis:" + "a" * 32, "dtype": "<f8", "shape": [2], "size_bytes": 16, "once": True}
+    arrays.seen_once.clear()
+    found = TypeAdapter(Annotated[Any, spec("f8", 2)]).validate_python(ref)
+    assert isinstance(found, Unopened) and isinstance(found.source, ArrayRef) and len(arrays.seen_once) == 1
+    arrays.seen_once.clear()
+    assert isinstance(pickle.loads(pickle.dumps(found)).source, ArrayRef)
+    with pytest.raises(Mismatch, match=r"expected float64 of shape \(3\), found float64 of shape \(2,\)"):
+        spec("f8", 3).validate(ref)
+
+
+BROKEN = {
+    "dtype": {"dtype": "|O"},
+    "no dtype": {"dtype": "nonsense"},
+    "size": {"size_bytes": 8},
+    "negative": {"shape": [-2], "size_bytes": 0},
+    "many dimensions": {"shape": [1] * 33, "size_bytes": 8},
+    "text": {"shape": "2"},
+    "unknown": {"password": "x"},
+    "long": {"url": "x" * 3000},
+}
+
+
+@pytest.mark.parametrize("changes", BROKEN.values(), ids=BROKEN)
+def test_broken_references(changes):
+    ref = {"kind": "ref", "url": "redis:" + "a" * 32, "dtype": "<f8", "shape": [2], "size_bytes": 16}
+    with pytest.raises(ValueError, match="a broken reference or envelope"):
+        spec("f8").validate({**ref, **changes})
+
+
+@given(data=st.binary(max_size=200))
+def test_no_npy_file_does_anything_but_be_read_or_refused(data):
+    file = io.BytesIO()
+    numpy.save(file, numpy.arange(4))
+    whole = file.getvalue()
+    for broken in (data, whole[:8] + data, whole[: len(data)]):
+        with pytest.raises(ValueError, match=r"\.npy|follow the header|not accepted|no dtype"):
+            read_npy(broken)
+
+
+def test_an_npy_file_of_objects_runs_nothing():
+    file = io.BytesIO()
+    numpy.save(file, numpy.array([print]), allow_pickle=True)
+    with pytest.raises(ValueError, match="not accepted"):
+        Inline(data=base64.b64encode(file.getvalue()).decode()).get()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_versions_of_npy(version):
+    file = io.BytesIO()
+    numpy.lib.format.write_array(file, numpy.arange(3), version=version)
+    assert read_npy(file.getvalue()).tolist() == [0, 1, 2]
+
+
+@given(
+    array=npst.arrays(st.sampled_from(["<f8", ">f8", "?", "<c8", ">i2"]), npst.array_shapes(min_dims=0, min_side=0)),
+    cut=st.integers(1, 50),
+)
+def test_what_a_device_receives(array, cut):
+    """In pieces of any size."""
+    data = array.tobytes()
+    pieces = [data[start : start + cut] for start in range(0, len(data), cut)]
+    received = CpuDevice("").receive(iter(pieces), array.shape, array.dtype.str)
+    assert received.shape == array.shape and received.dtype == array.dtype.newbyteorder("=")
+    numpy.testing.assert_array_equal(received, array)
+    if data:
+        with pytest.raises(ValueError, match="and more came"):
+            CpuDevice("").receive([*pieces, b"1"], array.shape, array.dtype.str)
