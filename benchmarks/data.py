@@ -136,7 +136,7 @@ def lane_of(way: Way) -> str:
 
 
 def measured(running: Lane, way: Way, tasks: int) -> dict[str, float]:
-    """One way: calls one after the other, after one that is not counted; and a backlog of twice as many, of no chain."""
+    """One way: calls one after the other, the first not counted; and of single tasks a backlog of twice as many."""
     figures = alone(running, way, tasks)
     running.results.flushdb()
     if len(way.tasks) == 1:
