@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 5
+PROTOCOL = 6
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -36,6 +36,7 @@ class TaskCall(NamedTuple):
     payload: bytes
     soft_limit_s: float | None
     hard_limit_s: float | None
+    stays: bool = False  # arrays in its result may stay on the device: only GPU tasks of the app take them
 
 
 class Call(NamedTuple):
@@ -149,6 +150,14 @@ class ActorState(StrEnum):
     DRAINING = "draining"  # it takes no new calls and ends when what it has is delivered
 
 
+class Holdings(NamedTuple):
+    """Arrays that bodies have returned and that stay with an executor; bytes."""
+
+    arrays: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
 class DeviceState(NamedTuple):
     """What an executor holds on its device, told when it has changed; bytes, 0 where unknown."""
 
@@ -157,6 +166,7 @@ class DeviceState(NamedTuple):
     memory_free: int  # what the next body could have: free on the device and in the pool, and below the pool's limit
     residents: dict[str, int]  # name -> bytes
     touched: dict[str, tuple[str, ...]]  # task's name -> residents its last body has used, where that is news
+    results: Holdings = Holdings()
 
 
 class Health(NamedTuple):
@@ -172,6 +182,7 @@ class Health(NamedTuple):
     failed_starts: int  # of its executor, in a row
     device: dict[str, Any]  # DeviceInfo as a dict, empty before the first warm-up
     executor_pid: int
+    executor: str  # its random name, in the handles of arrays it holds; "" before its first warm-up
     generation: int  # executors started so far
     warm_s: float
     tasks: int
@@ -186,6 +197,7 @@ class Health(NamedTuple):
     memory_free_bytes: int  # what the next body could have, as last heard
     residents: dict[str, int]  # name -> bytes on the device
     warm_for: tuple[str, ...]  # names of tasks that use residents, all of which are on the device
+    results: dict[str, int]  # of bodies, that stay: arrays, device_bytes, host_bytes
     accelerator: str  # the node's accelerator type as Ray names it, such as H100; "" where unknown
     share: float  # of one GPU that the actor reserves
     recycled: int  # executors replaced because bodies had left too much behind
@@ -234,6 +246,10 @@ class Config(NamedTuple):
     resident_limit: str  # of residents, in bytes or as a share of the device's memory
     left_limit: str = "25%"  # of what bodies leave behind on the device, likewise
     stores: StoreConfig = StoreConfig()
+    results_limit: str = "25%"  # of results that stay on the device, likewise
+    host_results_limit: str = "4GiB"  # of those that had to move to the host's memory, in bytes
+    keep_s: float = 3600.0  # a result stays for so long
+    actor: int = 0  # number of the executor's actor
 
 
 #: The step of start-up in which an executor touches its device for the first time.
@@ -251,6 +267,7 @@ class Ready(NamedTuple):
 
     device: dict[str, Any]
     warm_s: float
+    executor: str = ""  # its random name
 
 
 class NotStarted(NamedTuple):

@@ -50,7 +50,7 @@ _REASONS = {
 class CpuDevice:
     """NumPy on the CPU, through the same code path as a GPU.
 
-    With `memory_bytes` it stands for a GPU with so much memory, of which only residents and what bodies declare is
+    With `memory_bytes` it stands for a GPU with so much memory, of which only what stays and what bodies declare is
     taken: a logical memory for a logical GPU, so that admission and eviction can be tried without one.
     """
 
@@ -94,11 +94,11 @@ class CpuDevice:
     def free(self) -> None:
         """Nothing is pooled here."""
 
-    def memory(self, resident_bytes: int) -> Memory:
+    def memory(self, held_bytes: int) -> Memory:
         """The logical memory; unknown without one."""
         if not self._memory_bytes:
             return Memory(0, 0, 0)
-        return Memory(resident_bytes, self._memory_bytes, max(0, self._memory_bytes - resident_bytes))
+        return Memory(held_bytes, self._memory_bytes, max(0, self._memory_bytes - held_bytes))
 
     def pooled_bytes(self) -> int:
         """Nobody counts what NumPy allocates."""
@@ -216,8 +216,8 @@ class CudaDevice:
         self._cupy.get_default_pinned_memory_pool().free_all_blocks()
         self._cupy.fft.config.get_plan_cache().clear()
 
-    def memory(self, resident_bytes: int) -> Memory:
-        """Of the device, all processes together; residents are in the pool and counted with it."""
+    def memory(self, held_bytes: int) -> Memory:
+        """Of the device, all processes together; what stays is in the pool and counted with it."""
         free, total = self._runtime.memGetInfo()
         room, limit = free + self._pool.free_bytes(), self._pool.get_limit()
         if limit:

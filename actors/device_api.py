@@ -83,8 +83,8 @@ class Device(Protocol):
         """Give unused pooled memory back."""
         ...
 
-    def memory(self, resident_bytes: int) -> Memory:
-        """Its memory, of which residents take `resident_bytes`; asking a GPU takes time, so not for every task."""
+    def memory(self, held_bytes: int) -> Memory:
+        """Its memory, of which residents and results take `held_bytes`; asking a GPU takes time: not for every task."""
         ...
 
     def pooled_bytes(self) -> int:

@@ -6,6 +6,7 @@ its class. Celery delivers class and ``args`` of such a one, so these travel her
 
 import io
 import pickle
+import traceback
 from typing import Any
 
 
@@ -37,3 +38,13 @@ def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, A
     error.args = args
     vars(error).update(state)
     return error
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of the arrays of the frames an error has come through; their lines stay, for the traceback."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and all(cause is not each for each in seen):
+        traceback.clear_frames(cause.__traceback__)
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__

@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import _state as celery_state
 
-from actors import arrays, residents
+from actors import arrays, device_results, residents
 from actors.contract import (
     EXIT_NOT_STARTED,
     STEP_DEVICE,
@@ -44,7 +44,7 @@ from actors.logs import Output
 from actors.release import load_app
 from actors.runner import Runner
 from actors.signals import executor_init
-from actors.sizes import read_limit
+from actors.sizes import read_bytes, read_limit
 from actors.surroundings import Surroundings
 
 #: The actor is told of finished tasks at most this often while a call goes on; it can always read the journal itself.
@@ -65,7 +65,7 @@ class Executor:
         self._runner = Runner(journal, config, lambda token, data: self._say(Asked(token, data)), self._say_broken)
         self._device: Device
         self._told_at = -math.inf  # when the device's state was last told
-        self._told_changes = -1  # of the residents, by then
+        self._told_changes = -1  # of residents and results, by then
         os.register_at_fork(after_in_child=pipe.close)  # or the actor would not see this process end
 
     def start(self) -> None:
@@ -87,29 +87,41 @@ class Executor:
         self._say(Step("loading residents"))
         residents.shared.limit_bytes = read_limit(self._config.resident_limit, info.memory_bytes)
         residents.load_all()
+        results = device_results.shared
+        results.host_limit_bytes = read_bytes(self._config.host_results_limit)
+        of_device = read_limit(self._config.results_limit, info.memory_bytes)  # None: NumPy, in the host's memory
+        results.device_limit_bytes = results.host_limit_bytes if of_device is None else of_device
         self._say(Step("running examples"))
         self._runner.run_examples()
         self._device.synchronize()
         self._runner.close_connections()  # of residents and examples
         left_limit = read_limit(self._config.left_limit, info.memory_bytes) or 0
-        self._leaks = Leaks(self._device, residents.shared, left_limit)
+        self._leaks = Leaks(self._device, residents.shared, results, left_limit)
         self._surroundings = Surroundings()
         self._tell_device()
-        self._say(Ready(info._asdict(), time.monotonic() - started))
+        self._say(Ready(info._asdict(), time.monotonic() - started, results.executor))
 
     def serve(self) -> None:
         """Take calls until the actor closes the pipe."""
         while True:
             try:
+                self._expire_results()
                 call: Call = pickle.loads(self._pipe.recv_bytes())
             except (EOFError, ConnectionError):  # the second where the actor died with unread messages
                 return
             self._run_call(call)
+            device_results.shared.tidy()
             self._tell_device()
             complaint = self._leaks.complaint()
             if complaint:
                 self._say(Full(complaint))
             self._say(Done(call.id))
+
+    def _expire_results(self) -> None:
+        """While no call comes, results go when their time is over: the device may not be only ours."""
+        while (wait_s := device_results.shared.expires_in_s()) is not None and not self._pipe.poll(wait_s):
+            device_results.shared.tidy()
+            self._tell_device()
 
     def _run_call(self, call: Call) -> None:
         index, bell = 0, time.monotonic()
@@ -134,12 +146,13 @@ class Executor:
         """Tell what is on the device, if it has changed; memory, which other processes take too, from time to time."""
         touched = self._runner.take_touched()
         is_due = self._has_memory and time.monotonic() - self._told_at > MEMORY_EVERY_S
-        if not (touched or is_due or residents.shared.changes != self._told_changes):
+        changes = residents.shared.changes + device_results.shared.changes
+        if not (touched or is_due or changes != self._told_changes):
             return
-        self._told_at, self._told_changes = time.monotonic(), residents.shared.changes
-        held = residents.shared.sizes()
-        memory = self._device.memory(residents.shared.size_bytes())
-        self._say(DeviceState(memory.used, memory.total, memory.free, held, touched))
+        self._told_at, self._told_changes = time.monotonic(), changes
+        held, results = residents.shared.sizes(), device_results.shared.holdings()
+        memory = self._device.memory(residents.shared.size_bytes() + results.device_bytes)
+        self._say(DeviceState(memory.used, memory.total, memory.free, held, touched, results))
 
     def _say_broken(self, text: str) -> None:
         """The last word of this process; it does not wait for a thread that is in the middle of one."""

@@ -27,7 +27,7 @@ _SHIELDED = frozenset(
     }
 )
 #: Ours of that kind.
-_OURS = ("actors.pinned", "actors.residents", "actors.wishes")
+_OURS = ("actors.device_results", "actors.pinned", "actors.residents", "actors.wishes")
 
 
 class Cancelled(BaseException):

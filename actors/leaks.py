@@ -1,4 +1,4 @@
-"""Device memory that bodies leave behind: what the pool holds beyond residents while no body runs, task by task.
+"""Device memory that bodies leave behind: what the pool holds beyond residents and results that stay, task by task.
 
 Arrays in a global or in a cache that grows end with their process only: past a limit the executor asks to be replaced.
 """
@@ -7,15 +7,17 @@ import gc
 from collections import Counter
 
 from actors.device_api import Device
+from actors.device_results import DeviceResults
 from actors.residents import Residents
 
 
 class Leaks:
     """Of one executor, from the moment it is warm; `limit_bytes` is what bodies may leave behind together."""
 
-    def __init__(self, device: Device, residents: Residents, limit_bytes: int) -> None:
+    def __init__(self, device: Device, residents: Residents, results: DeviceResults, limit_bytes: int) -> None:
         self._device = device
         self._residents = residents
+        self._results = results
         self._limit_bytes = limit_bytes
         self._first = self._last = self._held()
         self._by_name: Counter[str] = Counter()
@@ -39,4 +41,4 @@ class Leaks:
         return f"its bodies have left {left} bytes behind on the device, {name} {most} of them (BRIDGE_LEFT_LIMIT)"
 
     def _held(self) -> int:
-        return self._device.pooled_bytes() - self._residents.size_bytes()
+        return self._device.pooled_bytes() - self._residents.size_bytes() - self._results.device_bytes()

@@ -5,27 +5,37 @@ whose arguments were found to hold an array when they were unpickled pay anythin
 """
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from pydantic import BaseModel
 
+from actors import device_results
 from actors.arrays import ArrayRef, ArraySpec
-from actors.contract import StoreConfig
+from actors.contract import Config
 from actors.device import is_device_array
 from actors.device_api import Device
-from actors.errors import DataError, PayloadInvalid, problem
+from actors.errors import DataError, HandleLost, PayloadInvalid, problem
+from actors.handles import DeviceArray
 from actors.stores import Stores
 from actors.unopened import Unopened
+
+if TYPE_CHECKING:
+    from actors.release import LoadedTask
 
 
 class Opener:
     """Between stores and device; one per executor."""
 
-    def __init__(self, app: Any, config: StoreConfig, device: Device) -> None:
-        self.stores = Stores(app, config)
+    def __init__(self, app: Any, config: Config, device: Device) -> None:
+        self.stores = Stores(app, config.stores)
         self._device = device
+        self._actor = config.actor
+        self._keep_s = config.keep_s
+        self._copy_keep_s = max(config.keep_s, config.stores.keep_s)
+        self._kept: list[str] = []  # ids of what stays of the last value
 
     def opening(self, task: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call` with its arguments opened first. It raises PayloadInvalid or DataError where one cannot be."""
@@ -81,14 +91,39 @@ class Opener:
     def _open(self, unopened: Unopened) -> Any:
         source = unopened.source
         spec = unopened.spec
-        if not isinstance(source, ArrayRef) or not isinstance(spec, ArraySpec):
+        if not isinstance(spec, ArraySpec):
             return unopened.open()
-        array = self._device.receive(self.stores.pieces(source), source.shape, source.dtype)
+        if isinstance(source, DeviceArray):
+            array = self._held(source)
+        elif isinstance(source, ArrayRef):
+            array = self._fetched(source)
+        else:
+            return unopened.open()
         if spec.finite and array.dtype.kind in "fc" and not bool(self._device.xp.isfinite(array).all()):
             raise ValueError("expected finite numbers, found NaN or an infinity")
         return spec.cast(array)
 
+    def _fetched(self, ref: ArrayRef) -> Any:
+        return self._device.receive(self.stores.pieces(ref), ref.shape, ref.dtype)
+
+    def _held(self, handle: DeviceArray) -> Any:
+        """The array that a body has left here, or else its copy."""
+        try:
+            return handle.on_device()
+        except HandleLost:
+            if handle.kept is None:
+                raise
+            return self._fetched(handle.kept)
+
     # results
+
+    def sendable(self, task: "LoadedTask", value: Any, stays: bool, context: dict[str, Any]) -> Any:
+        """A result as its task's mark says: its arrays stay here if they may, or go to the store, or neither."""
+        if task.result == "device" and stays:
+            info = context.get("delivery_info") or {}
+            route = str(info.get("exchange") or ""), str(info.get("routing_key") or "")
+            return self.kept(value, task.keep_copy, route)
+        return value if task.result == "value" else self.stored(value)
 
     def stored(self, value: Any) -> Any:
         """`value` with a reference in the place of each array and of bytes, also inside lists, tuples and dicts.
@@ -96,12 +131,62 @@ class Opener:
         Raises:
             DataRefused, StoreUnavailable: as their docstrings say.
         """
-        if is_device_array(value) or isinstance(value, numpy.ndarray):
-            return self.stores.put(self._device.to_host(value))
-        if isinstance(value, bytes):
-            return self.stores.put_bytes(value)
-        if isinstance(value, list | tuple):
-            return type(value)([self.stored(each) for each in value])
-        if isinstance(value, dict):
-            return {key: self.stored(each) for key, each in value.items()}
-        return value
+        return _with_arrays(value, self._stored, self.stores.put_bytes)
+
+    def kept(self, value: Any, with_copy: bool, route: tuple[str, str]) -> Any:
+        """`value` with a handle in the place of each array, all of which stay on the device; `route` leads back here.
+
+        Raises:
+            DataRefused, StoreUnavailable: a copy could not be put; then nothing stays.
+        """
+        results = device_results.shared
+        self._kept.clear()
+
+        def keep(array: Any) -> DeviceArray:
+            array = self._device.to_device(array)
+            copy = self.stores.put(self._device.to_host(array), self._copy_keep_s) if with_copy else None
+            name = results.put(array, self._keep_s)
+            self._kept.append(name)
+            return DeviceArray(
+                id=name, actor=self._actor, executor=results.executor, dtype=array.dtype.str, shape=array.shape,
+                size_bytes=array.nbytes, expires_at=time.time() + self._keep_s, kept=copy, route=route,
+            )  # fmt: skip
+
+        return _with_arrays(value, keep, bytes)  # bytes were never on a device
+
+    def undo(self) -> None:
+        """The last value cannot be sent: nothing of it stays."""
+        device_results.shared.drop(self._kept)
+        self._kept.clear()
+
+    def _stored(self, array: Any) -> ArrayRef:
+        return self.stores.put(self._device.to_host(array))
+
+
+def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
+    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts."""
+    if is_device_array(value) or isinstance(value, numpy.ndarray):
+        return convert(value)
+    if isinstance(value, bytes):
+        return of_bytes(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_with_arrays(each, convert, of_bytes) for each in value])
+    if isinstance(value, dict):
+        return {key: _with_arrays(each, convert, of_bytes) for key, each in value.items()}
+    return value
+
+
+_current: Opener | None = None
+
+
+def use(opener: Opener) -> None:
+    """Make it the one of this process."""
+    global _current
+    _current = opener
+
+
+def current() -> Opener:
+    """The one of this executor."""
+    if _current is None:
+        raise RuntimeError("only an executor opens arrays on a device")
+    return _current

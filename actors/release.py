@@ -17,6 +17,7 @@ from celery.app.trace import setup_worker_optimizations
 from actors.batching import Batch, batch_of, run_batch
 from actors.bodies import has_custom_call, innermost, is_pydantic
 from actors.contract import Release
+from actors.errands import EXPORT, add_errands
 from actors.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ class LoadedTask:
     """One task as the executor runs it."""
 
     __slots__ = (
-        "_has_call", "batch", "call", "example", "keeps_models", "memory_bytes", "name", "result", "streams",
-        "task",
+        "_has_call", "batch", "call", "example", "keep_copy", "keeps_models", "memory_bytes", "name", "result",
+        "streams", "task",
     )  # fmt: skip
 
     def __init__(self, task: Any, wishes: Wishes) -> None:
@@ -40,6 +41,7 @@ class LoadedTask:
         self.streams: int = 1 if self.batch else getattr(gpu, "streams", 1)
         self.example: tuple[Any, ...] | None = getattr(gpu, "example", None)
         self.result: str = getattr(gpu, "result", "value")
+        self.keep_copy: bool = getattr(gpu, "keep_copy", False)
         self.keeps_models = is_pydantic(task)  # Celery's wrapper dumps them, in the driver
         task.run = body
         wishes.install(task)
@@ -75,6 +77,8 @@ def load_app(release: Release) -> Any:
         _import_script(module, release.script) if release.script else importlib.import_module(module), attribute
     )
     app.loader.import_default_modules()
+    if EXPORT in release.tasks:
+        add_errands(app)
     for include in release.includes:
         importlib.import_module(include)
     setup_worker_optimizations(app)  # current app, and no second request when a custom __call__ calls super()

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
 
+from actors import device_results
 from actors.device import current_device
 from actors.sizes import array_bytes, readable
 
@@ -186,14 +187,16 @@ class Resident(Generic[P, T]):
         return _Key(self, bound.args, tuple(sorted(bound.kwargs.items())))
 
     def _loaded(self, key: _Key) -> _Held:
-        """Load a value; when memory is short, once more without those that this body has not used."""
+        """Load a value; when memory is short, once more without what else this body has not used."""
         try:
             held = self._measured(key)
         except Exception as error:
-            if not current_device().is_out_of_memory(error) or not shared.can_evict(shared.touched()):
+            others_can_go = shared.can_evict(shared.touched()) or device_results.shared.spillable_bytes()
+            if not current_device().is_out_of_memory(error) or not others_can_go:
                 raise
             held = None
         if held is None:  # not in the handler: the error's traceback keeps what was half loaded
+            device_results.shared.spill()
             shared.evict(shared.touched())
             held = self._measured(key)
         shared.add(key, held)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from celery import _state as celery_state
 from celery.app.task import Context
 
-from actors import arrays, outcomes, residents, unopened
+from actors import arrays, device_results, outcomes, residents, unopened
 from actors.admission import Admission
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
@@ -32,10 +32,11 @@ from actors.contract import (
 )
 from actors.device_api import Device, Stream
 from actors.errors import DataError
+from actors.exceptions import clear_frames
 from actors.interrupt import Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
-from actors.opening import Opener
+from actors.opening import Opener, use
 from actors.release import LoadedTask, connection_closer, load_tasks
 from actors.sizes import readable
 from actors.wishes import Wishes
@@ -79,8 +80,9 @@ class Runner:
     def use(self, device: Device) -> None:
         """Run bodies on this device."""
         self._device = device
-        self._admission = Admission(device, residents.shared)
-        self._opener = Opener(self._app, self._config.stores, device)
+        self._admission = Admission(device, residents.shared, device_results.shared)
+        self._opener = Opener(self._app, self._config, device)
+        use(self._opener)
         arrays.opener = self._opener.stores.get
 
     def run_examples(self) -> None:
@@ -109,6 +111,7 @@ class Runner:
         """Outcomes of the task at `index` and of those after it that share its run, each as soon as it is there."""
         task = tasks[index]
         loaded = self._tasks.get(task.name)
+        device_results.shared.forget_touched()
         if self._journal.is_cancelled(index):
             yield Failed(task.token, FailureKind.CANCELLED, "Cancelled", "withdrawn before it started")
             return
@@ -168,7 +171,7 @@ class Runner:
         if result.out_of_memory and loaded.may_run_twice:
             self._make_room(result.used)
             result = self._guarded(loaded, call, item, first)
-        return self._outcome(item.token, loaded, result, 1)
+        return self._outcome(item, loaded, result, 1)
 
     def _run_vectorised(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
@@ -180,12 +183,12 @@ class Runner:
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
             for item, value in zip(items, result.value, strict=True):
-                yield self._outcome(item.token, loaded, _share(shares, value), len(items))
+                yield self._outcome(item, loaded, _share(shares, value), len(items))
                 if shares.logs or shares.wishes:  # of all, told once
                     shares = shares._replace(logs=(), wishes=b"")
             return
         if len(items) == 1 or not isinstance(result.error, Exception):
-            yield from (self._outcome(item.token, loaded, result, len(items)) for item in items)
+            yield from (self._outcome(item, loaded, result, len(items)) for item in items)
             return
         if result.out_of_memory:
             self._make_room(result.used)
@@ -217,13 +220,13 @@ class Runner:
                     short.append((item, result.used, index))
                     continue
                 share_s = (time.monotonic_ns() - started) / 1e9 / count
-                outcome = self._outcome(item.token, loaded, result._replace(run_s=share_s), 1)
+                outcome = self._outcome(item, loaded, result._replace(run_s=share_s), 1)
             del result
             yield outcome
         for item, used, index in short:
             self._make_room(used)
             result = self._guarded(loaded, self._call_of(loaded, item), item, index)
-            yield self._outcome(item.token, loaded, result, 1)
+            yield self._outcome(item, loaded, result, 1)
 
     def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
         return self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
@@ -294,7 +297,7 @@ class Runner:
         """Whether an error means too little memory; unused memory is given back then. A broken device ends us."""
         if not self._device.is_healthy(error):
             self._end_broken(error)
-        _clear_frames(error)
+        clear_frames(error)
         if not self._device.is_out_of_memory(error):
             return False
         self._device.free()
@@ -303,16 +306,18 @@ class Runner:
 
     def _how_full(self) -> str:
         """What is on the device now, for an error; "" where nobody knows."""
-        held = residents.shared.size_bytes()
-        memory = self._device.memory(held)
+        held, results = residents.shared.size_bytes(), device_results.shared.device_bytes()
+        memory = self._device.memory(held + results)
         if not memory.total:
             return ""
         whole, used = readable(memory.total), readable(memory.used)
-        return f"; {used} of the device's {whole} are in use now, {readable(held)} by residents"
+        stays = f"{readable(held)} by residents" + (f", {readable(results)} by results" if results else "")
+        return f"; {used} of the device's {whole} are in use now, {stays}"
 
     def _make_room(self, used: tuple[str, ...]) -> None:
         """Before a second try: whatever else is on the device goes, except residents that the first has `used`."""
         self._device.free()
+        device_results.shared.spill()
         residents.shared.evict(used)
 
     def _end_broken(self, error: BaseException) -> None:
@@ -330,8 +335,8 @@ class Runner:
         if names != self._used_by(loaded):
             self._used[loaded.name] = self._news[loaded.name] = names
 
-    def _outcome(self, token: str, loaded: LoadedTask, result: "_Result", batch: int) -> Outcome:
-        logs, wishes = result.logs, result.wishes
+    def _outcome(self, item: "_Item", loaded: LoadedTask, result: "_Result", batch: int) -> Outcome:
+        token, logs, wishes = item.token, result.logs, result.wishes
         if result.error is not None:
             entry = Runner._enter_body.__code__
             failed = outcomes.failure(token, result.error, entry, result.out_of_memory, result.run_s)
@@ -339,12 +344,14 @@ class Runner:
                 failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
-            value = self._opener.stored(result.value) if loaded.result == "ref" else result.value
+            value = self._opener.sendable(loaded, result.value, item.stays, item.context)
             value = pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
         except DataError as error:  # the store has not taken it: the task's own error, by which it may be sent again
+            self._opener.undo()
             failed = outcomes.failure(token, error, Runner._enter_body.__code__, False, result.run_s)
             return failed._replace(logs=logs, wishes=wishes)
         except Exception as error:
+            self._opener.undo()
             message = f"{type(result.value).__name__}: {error}"[: outcomes.TEXT_LIMIT]
             return Failed(
                 token, FailureKind.NOT_SENDABLE, type(error).__name__, message, run_s=result.run_s, logs=logs,
@@ -361,6 +368,7 @@ class _Item(NamedTuple):
     kwargs: Any
     context: dict[str, Any]
     has_arrays: bool  # that are to be opened
+    stays: bool  # who takes its result can take it from here
 
 
 class _Result(NamedTuple):
@@ -376,23 +384,13 @@ class _Result(NamedTuple):
 def _unpickled(task: TaskCall) -> _Item:
     unopened.forget_found()
     args, kwargs, context = pickle.loads(task.payload)
-    return _Item(task.token, args, kwargs, context, bool(unopened.take_found()))
+    return _Item(task.token, args, kwargs, context, bool(unopened.take_found()), task.stays)
 
 
 def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:
     """Of the same name, and with the same limits on streams, where each body's time counts from its own start."""
     same_limits = task.soft_limit_s == first.soft_limit_s and task.hard_limit_s == first.hard_limit_s
     return task.name == first.name and (loaded.batch is not None or same_limits)
-
-
-def _clear_frames(error: BaseException) -> None:
-    """Let go of the arrays of the frames an error has come through; their lines stay, for the traceback."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and all(cause is not each for each in seen):
-        traceback.clear_frames(cause.__traceback__)
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
 
 
 def _exit_code(error: BaseException | None) -> int:

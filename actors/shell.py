@@ -308,7 +308,7 @@ class ActorShell:
 
     def _config_of(self, release: str) -> Config:
         """Where there was a GPU, no executor may take NumPy instead: the GPU is broken, and tasks belong elsewhere."""
-        config = self._configs[release]
+        config = self._configs[release]._replace(actor=self._slot)
         return config._replace(device="cuda") if self._has_cuda and config.device == "auto" else config
 
     def _retire(self, wanted: set[str], now: float) -> None:
@@ -660,6 +660,7 @@ class ActorShell:
             failed_starts=self._failures.get(release, 0),
             device=ready.device if ready else {},
             executor_pid=child.process.pid if child else 0,
+            executor=ready.executor if ready else "",
             generation=self._generation,
             warm_s=ready.warm_s if ready else 0.0,
             tasks=self._tally.tasks,
@@ -674,6 +675,7 @@ class ActorShell:
             memory_free_bytes=device.memory_free,
             residents=device.residents,
             warm_for=child.warm_for() if child else (),
+            results=device.results._asdict(),
             accelerator=self._accelerator,
             share=self._limits.share,
             recycled=self._recycled,

@@ -198,7 +198,7 @@ class Stores:
     """
 
     def __init__(self, app: Any, config: StoreConfig) -> None:
-        self._app, self._config = app, config
+        self.app, self._config = app, config
         self._redis: RedisStore | None = None
         self._rooted = RootedStore(config)
 
@@ -300,7 +300,7 @@ class Stores:
             client, prefix = redis.Redis.from_url(config.url, **timeouts, socket_read_size=READ_BYTES), ""
         else:
             try:
-                shared = shared_redis(self._app, config.timeout_s, READ_BYTES)
+                shared = shared_redis(self.app, config.timeout_s, READ_BYTES)
             except Exception as error:
                 raise StoreUnavailable(f"the app's Redis does not answer: {_text(error)}") from error
             if shared is None:

@@ -4,6 +4,9 @@
     result = total.delay(ref)        # the message carries where they lie
     data.get(result.get())           # a task with Gpu(result="ref") answers in the same way
 
+A task with ``Gpu(result="device")`` answers with a handle to an array that stays where it is; tasks take that, too, and
+`get` fetches it.
+
 Importing this module also teaches kombu's JSON arrays: a NumPy array given to ``delay()`` travels in the message when
 it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one. Bytes
 travel inside, and by reference where a producer says so: ``data.put_bytes(path.read_bytes())``.
@@ -15,20 +18,26 @@ from typing import Any
 
 import numpy
 from celery import current_app, signals
+from celery.result import allow_join_result
 from kombu.utils.json import register_type
 
-from actors import arrays
+from actors import arrays, handles
 from actors.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
 from actors.blobs import Blob, BlobRef, BlobSpec, InlineBytes
+from actors.errands import DELETE, EXPORT
+from actors.handles import DeviceArray
 from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
+from bridge.errors import HandleLost
 from bridge.settings import settings
 
-__all__ = ["Array", "ArrayRef", "ArraySpec", "Blob", "BlobRef", "BlobSpec", "Image", "ImageSpec"]
+__all__ = ["Array", "ArrayRef", "ArraySpec", "Blob", "BlobRef", "BlobSpec", "DeviceArray", "Image", "ImageSpec"]
 __all__ += ["aget", "aput", "delete", "get", "put", "put_bytes"]
 
 #: The names under which arrays and files are known to kombu's JSON, on both sides.
 MARKER, BLOB_MARKER = "bridge.array", "bridge.blob"
+#: Whoever gets an array from a device waits this long for the task that fetches it, in seconds.
+FETCH_S = 60.0
 
 
 def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
@@ -53,17 +62,22 @@ def put_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -
 
 
 def get(ref: Any) -> Any:
-    """The array, or the bytes, of a reference or of its JSON.
+    """The array, or the bytes, of a reference, a handle, or their JSON.
+
+    What a handle stands for is fetched by a GPU task, for up to a minute.
 
     Raises:
         ValueError: no reference.
-        DataLost, DataCorrupt, DataRefused, StoreUnavailable: as their docstrings say.
+        DataLost, DataCorrupt, DataRefused, StoreUnavailable, HandleLost: as their docstrings say.
+        celery.exceptions.TimeoutError: no worker has fetched it in time.
     """
     return _opened(_stores(), ref)
 
 
 def delete(ref: Any) -> None:
-    """Forget the bytes of a reference before they expire; nothing happens if they are gone.
+    """Forget what a reference or a handle stands for before it expires; nothing happens if it is gone.
+
+    A handle's array goes when a worker gets to it; this does not wait.
 
     Raises:
         ValueError: no reference.
@@ -71,6 +85,9 @@ def delete(ref: Any) -> None:
         StoreUnavailable: the store does not answer.
     """
     form = _form(ref)
+    if isinstance(form, DeviceArray):
+        _send(_stores(), form, DELETE, [form.model_dump(mode="json")], ignore_result=True)
+        form = form.kept
     if isinstance(form, ArrayRef | BlobRef):
         _stores().delete(form)
 
@@ -94,6 +111,8 @@ def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> Arr
 
 def _opened(stores: Stores, ref: Any) -> Any:
     form = _form(ref)
+    if isinstance(form, DeviceArray):
+        return _of_device(stores, form)
     return stores.get(form) if isinstance(form, ArrayRef | BlobRef) else form.get()
 
 
@@ -104,6 +123,39 @@ def _form(ref: Any) -> Any:
     if not isinstance(form, Form):
         raise ValueError(f"no reference to an array or a file: {type(ref).__name__}; `put` and `put_bytes` return one")
     return form
+
+
+# ---- from a device
+
+
+def _of_device(stores: Stores, handle: DeviceArray) -> Any:
+    """Have the executor that holds an array put it where it can be read, and read it; or read its copy."""
+    result = _send(stores, handle, EXPORT, handle, settings().data_inline_bytes, expires=FETCH_S)
+    try:
+        with allow_join_result():  # in a CPU task, too: the task waited for runs on a GPU
+            form = as_form(result.get(timeout=FETCH_S))
+    except HandleLost:
+        if handle.kept is None:
+            raise
+        return stores.get(handle.kept)
+    finally:
+        result.forget()
+    if not isinstance(form, ArrayRef):
+        return numpy.asarray(form.get())
+    try:
+        return stores.get(form)
+    finally:
+        stores.delete(form)
+
+
+def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options: Any) -> Any:
+    """Send a task of ours to where the task came from that made an array."""
+    exchange, routing_key = handle.route
+    if exchange:
+        options |= {"exchange": exchange, "routing_key": routing_key}
+    elif routing_key:  # the default exchange: a queue's name. Celery would take the app's default queue instead
+        options["queue"] = routing_key
+    return stores.app.send_task(task, args, **options)
 
 
 # ---- in messages and results
@@ -117,9 +169,10 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """A form, or in a producer the array or the bytes."""
+    """A form, or in a producer the array or the bytes; there a handle stays one, so that it can be sent on."""
     form = as_form(value)
-    return form if arrays.keeps_forms or not isinstance(form, Form) else form.get()
+    stays = arrays.keeps_forms or (isinstance(form, DeviceArray) and not _is_child)
+    return form if stays or not isinstance(form, Form) else form.get()
 
 
 @cache
@@ -131,11 +184,13 @@ def _stores() -> Stores:
     return _stores_of(current_app._get_current_object())
 
 
-for _type in (numpy.ndarray, Inline, ArrayRef):
+for _type in (numpy.ndarray, Inline, ArrayRef, DeviceArray):
     register_type(_type, MARKER, _encoded, _decoded)
 for _form_type in (InlineBytes, BlobRef):
     register_type(_form_type, BLOB_MARKER, _encoded, _decoded)
 arrays.opener = lambda ref, most_bytes=None: _stores().get(ref, most_bytes)
+handles.fetcher = lambda handle: _of_device(_stores(), handle)
+_is_child = False  # of a worker: what it gets is for a body
 
 
 @signals.worker_init.connect
@@ -147,4 +202,5 @@ def _keep_forms(**_: Any) -> None:
 @signals.worker_process_init.connect
 def _open_forms(**_: Any) -> None:
     """In a prefork child a message is read when its task runs: it gets the arrays."""
-    arrays.keeps_forms = False
+    global _is_child
+    arrays.keeps_forms, _is_child = False, True

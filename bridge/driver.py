@@ -15,6 +15,8 @@ import sys
 import time
 import uuid
 from collections import deque
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -22,8 +24,10 @@ from billiard.exceptions import Terminated, WorkerLostError
 from billiard.pool import MaybeEncodingError
 from celery.concurrency.prefork import process_destructor, process_initializer
 from celery.exceptions import Ignore, Reject, Retry
+from kombu.serialization import prepare_accept_content
 
 from actors import arrays
+from actors.arrays import ArrayRef
 from actors.contract import (
     Answer,
     Busy,
@@ -40,9 +44,11 @@ from actors.contract import (
     Succeeded,
     TaskCall,
 )
+from actors.handles import DeviceArray
 from bridge import link as messages
 from bridge.auth import use_token
 from bridge.blame import Blame
+from bridge.errands import ENDED, NOT_HEARD_OF, Errands
 from bridge.errors import (
     BridgeError,
     ClusterUnavailable,
@@ -52,22 +58,19 @@ from bridge.errors import (
     StartupError,
     TaskPoisoned,
 )
+from bridge.handles import HOLDER_WAIT_S, Plan, handles_in, handles_of, plan
 from bridge.head import outlast
 from bridge.ledger import Answered, Ledger
-from bridge.lines import TaskRule
+from bridge.lines import ANY, TaskRule
 from bridge.link import Link
-from bridge.marks import Mark, find_marks, map_marks
-from bridge.places import needs
-from bridge.results import GroupedResults
-from bridge.roster import Alarm, Roster
-from bridge.scheduler import (
+from bridge.marks import Mark, map_marks, marks_of
+from bridge.orders import (
     ActorBusy,
     ActorShort,
     Drop,
     Event,
+    HandBack,
     Interrupt,
-    Rules,
-    Scheduler,
     StartCall,
     TaskCancelled,
     TaskFinished,
@@ -75,6 +78,10 @@ from bridge.scheduler import (
     Tick,
     WakeAt,
 )
+from bridge.places import needs
+from bridge.results import GroupedResults
+from bridge.roster import Alarm, Roster
+from bridge.scheduler import Rules, Scheduler
 from bridge.settings import Settings, settings
 from bridge.tracing import TracedTask, Tracing, einfo, prepare
 from bridge.verdicts import Verdict, judge
@@ -113,7 +120,9 @@ class Driver:
         self._settings: Settings = settings()
         self._link = Link(sock)
         self._first = first
-        self._tracing = Tracing(app, self._answer)
+        self._tracing = Tracing(app, self._answer, marks)
+        self._errands = Errands(lambda event: self._events.append(event))
+        self._accepted_content = prepare_accept_content(app.conf.accept_content)
         self._results = GroupedResults(self._tracing)
         self._results.adopt(app.tasks[name] for name in self._marks)
         self._results.warm_up()
@@ -284,9 +293,18 @@ class Driver:
         self._fleet.want(self._scheduler.wanted_by(now, GROW_AFTER_S))
         for stranded in self._scheduler.stranded(now):
             task = self._by_token.get(stranded.token)
-            if task is None:
+            is_late = now - stranded.since >= HOLDER_WAIT_S
+            if stranded.token in self._errands:
+                if is_late:
+                    self._cancel_quietly(stranded.token)
+                    self._errands.lose(stranded.token, NOT_HEARD_OF)
+            elif task is None:
                 continue  # given back in this turn
-            if now - stranded.since >= longest:
+            elif task.plan is not None and task.plan.actor is not None:
+                if is_late:
+                    self._cancel_quietly(stranded.token)
+                    self._unpin(task)
+            elif now - stranded.since >= longest:
                 self._cancel_quietly(stranded.token)
                 self._refuse(task, self._no_actor(stranded.name))
             elif self._roster.ready and now - stranded.since > GROW_AFTER_S and stranded.name not in self._warned:
@@ -338,9 +356,43 @@ class Driver:
         self._blame.recall(task, go_on)
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
+        if task.plan is None:
+            task.plan = plan(handles_of(task.run, self._accepted_content))
+        if task.plan.elsewhere and not task.refs:
+            task.alone = alone
+            self._errands.fetch(task.plan.elsewhere, partial(self._go_on_with, task))
+            return
         priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
         rank = -priority if self._highest_first else priority
-        self._events.append(TaskWaiting(task.token, task.run.task, rank, alone))
+        self._events.append(TaskWaiting(task.token, task.run.task, rank, alone, task.plan.actor))
+
+    def _go_on_with(self, task: TracedTask, refs: dict[str, ArrayRef], error: BridgeError | None) -> None:
+        """What other actors hold for a task is where it can be read, or not all of it."""
+        task.refs = refs
+        if self._tasks.get(task.run.serial) is not task:
+            self._discard_refs(task)  # answered meanwhile
+        elif task.cancelled:
+            self._end(task, einfo(Terminated(signal.SIGTERM)))
+        elif error is not None:
+            self._refuse(task, error)
+        else:
+            self._wait(task, task.alone)
+
+    def _discard_refs(self, task: TracedTask) -> None:
+        if task.refs:
+            self._ledger.discard([*task.refs.values()])
+            task.refs = {}
+
+    def _unpin(self, task: TracedTask) -> None:
+        """What it takes is lost to all purposes: it runs anywhere, with the copy or to fail as HandleLost."""
+        task.plan = Plan()
+        self._wait(task, task.alone)
+
+    def _hand_back(self, token: str) -> None:
+        if token in self._errands:
+            self._errands.lose(token, ENDED)
+        elif token in self._by_token:
+            self._unpin(self._by_token[token])
 
     def _again(self, task: TracedTask, alone: bool) -> None:
         """Let a task wait for another run; a new token, so that nothing late ever touches it."""
@@ -373,6 +425,8 @@ class Driver:
                     self._fleet.cancel(actor, f"{self.id}.{call}", [token], self._by_token[token].how)
                 case Drop(token) if token not in self._quiet and token in self._by_token:
                     self._end(self._by_token[token], einfo(Terminated(signal.SIGTERM)))
+                case HandBack(token):
+                    self._hand_back(token)
                 case WakeAt(at):
                     self._wake_at = at
         self._quiet.clear()
@@ -380,6 +434,9 @@ class Driver:
     def _start_call(self, actor: int, number: str, tokens: tuple[str, ...], estimate_s: float) -> None:
         calls = []
         for token in tokens:
+            if token in self._errands:
+                calls.append(self._errands.call(token))
+                continue
             task = self._by_token[token]
             if not task.accepted:
                 self._accept(task)
@@ -389,10 +446,10 @@ class Driver:
                 self._events.append(TaskFinished(token, None))
             else:
                 run = task.run
-                calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s))
+                calls.append(TaskCall(token, run.task, task.payload, run.soft_limit_s, run.hard_limit_s, task.stays))
         if calls:
             is_short = estimate_s < self._settings.call_budget_s
-            may_part = is_short and not self._rules[calls[0].name].together
+            may_part = is_short and not self._rules.get(calls[0].name, ANY).together
             call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s, may_part)
             self._calls[call.id] = actor, call
             self._unsent.append((actor, call))
@@ -431,6 +488,7 @@ class Driver:
         self._tasks.pop(task.run.serial, None)
         self._by_token.pop(task.token, None)
         self._send(message)
+        self._discard_refs(task)
         if task.once and isinstance(message, messages.Done) and not _goes_on(message.result):
             self._ledger.discard(task.once)
 
@@ -469,6 +527,8 @@ class Driver:
             self._events.append(TaskFinished(sent.token, None))
             if sent.token in self._by_token:
                 self._again(self._by_token[sent.token], alone=False)
+            elif sent.token in self._errands:
+                self._errands.wait(sent.token)
 
     def _take_answers(self, actor: int, call_id: str, answers: tuple[Answer, ...]) -> None:
         for answer in answers:
@@ -506,12 +566,22 @@ class Driver:
         ran = isinstance(outcome, Succeeded) or outcome.kind in (FailureKind.RAISED, FailureKind.RETRY)
         self._events.append(TaskFinished(outcome.token, outcome.run_s if ran else None))
         if task is None:
-            return
-        if isinstance(outcome, Succeeded):
+            self._take_unasked(outcome)
+        elif isinstance(outcome, Succeeded):
             self._blame.acquit(task)
             self._finished.append((task, outcome))
         else:
             self._judge(task, actor, outcome)
+
+    def _take_unasked(self, outcome: Outcome) -> None:
+        """An outcome no message waits for: of an errand, or of a task that was given up; then nothing of it stays."""
+        if outcome.token in self._errands:
+            self._errands.take(outcome)
+        elif isinstance(outcome, Succeeded) and DeviceArray.__name__.encode() in outcome.value:
+            with suppress(Exception):  # of the user's classes, which nobody needs any more
+                handles = handles_in(pickle.loads(outcome.value))
+                self._errands.delete(handles)
+                self._ledger.discard([handle.kept for handle in handles if handle.kept is not None])
 
     def _judge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
         """A failure: count it, then `_decide`."""
@@ -651,7 +721,7 @@ def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config
     current_process().name = name
     app.loader.init_worker()  # where children are spawned, not forked, nothing has imported the tasks yet
     driver: list[Driver] = []
-    marks = find_marks(app.tasks.values(), settings().gpu_tasks)
+    marks = marks_of(app, settings().gpu_tasks)
     prepare(app, marks, lambda *args, **kwargs: driver[0].forward(*args, **kwargs), settings().validate_configured)
     process_initializer(app, hostname)
     arrays.keeps_forms = arrays.passes_on = True  # after a signal that says the opposite to prefork children

@@ -48,11 +48,12 @@ class Waiting:
 
 @dataclass(slots=True)
 class Line:
-    """The waiting tasks of one name; suspects of that name, which run alone, have a line of their own."""
+    """The waiting tasks of one name; suspects, which run alone, and those pinned to an actor have their own."""
 
     name: str
     alone: bool
     rule: TaskRule
+    actor: int | None = None  # the only one that may run them: it holds what they take
     count: int = 0
     served_at: float = float("-inf")  # when an actor that suits was last seen, by `Scheduler.stranded`
     _ranks: dict[int, deque[Waiting]] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class Lines:
     def __init__(self, rules: dict[str, TaskRule], starve_after_s: float) -> None:
         self._rules = rules
         self._starve_after_s = starve_after_s
-        self._lines: dict[tuple[str, bool], Line] = {}
+        self._lines: dict[tuple[str, bool, int | None], Line] = {}
         self._waiting: dict[str, Waiting] = {}
         self._served_s: dict[str, float] = {}  # name -> seconds given to it, on a clock that runs with the least served
         self._clock_s = 0.0
@@ -111,11 +112,12 @@ class Lines:
     def __iter__(self) -> Iterator[Line]:
         return iter(self._lines.values())
 
-    def add(self, token: str, name: str, rank: int, alone: bool, now: float) -> None:
-        """A task wants to run."""
-        line = self._lines.get((name, alone))
+    def add(self, token: str, name: str, rank: int, alone: bool, now: float, actor: int | None = None) -> None:
+        """A task wants to run, on that actor only if one is named."""
+        key = name, alone, actor
+        line = self._lines.get(key)
         if line is None:
-            line = self._lines[name, alone] = Line(name, alone, self._rules.get(name, ANY), served_at=now)
+            line = self._lines[key] = Line(name, alone, self._rules.get(name, ANY), actor, served_at=now)
             # Who comes back after a pause has no claim on what others got meanwhile.
             self._served_s[name] = max(self._served_s.get(name, 0.0), self._clock_s)
         self._made += 1
@@ -130,6 +132,14 @@ class Lines:
             return False
         self._remove(task)
         return True
+
+    def unpin(self, actor: int) -> list[str]:
+        """Forget the tasks pinned to an actor; their tokens, in the order they came."""
+        gone = [task for line in list(self) if line.actor == actor for task in line.tasks()]
+        gone.sort(key=lambda task: task.order)
+        for task in gone:
+            self._remove(task)
+        return [task.token for task in gone]
 
     def take(self, line: Line, now: float) -> Waiting:
         """The head of a line leaves."""
@@ -163,7 +173,7 @@ class Lines:
         del self._waiting[task.token]
         task.line.remove(task)
         if not task.line.count:
-            del self._lines[task.line.name, task.line.alone]
+            del self._lines[task.line.name, task.line.alone, task.line.actor]
 
 
 class Estimates:

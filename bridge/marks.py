@@ -6,14 +6,15 @@ at start, not when the task runs. Imports neither ray nor cupy: producers import
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from celery import signals
 from celery.utils.log import get_logger
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from actors.batching import Batch, batch_of
 from actors.bodies import innermost
+from actors.errands import add_errands
 from bridge.errors import ConfigurationInvalid
 
 logger = get_logger(__name__)
@@ -53,14 +54,24 @@ class Gpu(BaseModel):
         ge=1,
         description="executor deaths charged to one task before it fails; default BRIDGE_MAX_CRASHES",
     )
-    result: Literal["value", "ref"] = Field(
+    result: Literal["value", "ref", "device"] = Field(
         default="value",
-        description="how arrays in a result travel: as lists of numbers, or by reference to a store of large data",
+        description="how arrays in a result travel: as lists of numbers, by reference to a store of large data, or "
+        "as a handle to the device where they stay",
+    )
+    keep_copy: bool = Field(
+        default=False, description="with result='device': a copy in the store serves when the device has it no more"
     )
     example: tuple[Any, ...] | None = Field(
         default=None,
         description="positional arguments for one real run at warm-up, so that kernels are compiled before work",
     )
+
+    @model_validator(mode="after")
+    def _copies_are_of_what_stays(self) -> Self:
+        if self.keep_copy and self.result != "device":
+            raise ValueError("keep_copy=True means something with result='device' only")
+        return self
 
     def needs(self) -> str:
         """What it asks of a GPU, in words."""
@@ -112,6 +123,15 @@ def find_marks(tasks: Iterable[Any], patterns: Iterable[str]) -> dict[str, Mark]
             )
         marks[task.name] = Mark(name=task.name, gpu=gpu, batch=batch_of(innermost(task)), configured=configured)
     return marks
+
+
+def marks_of(app: Any, patterns: Iterable[str]) -> dict[str, Mark]:
+    """The GPU tasks of an app in a worker; where results stay on a device, with our own that fetch and delete them."""
+    marks = find_marks(app.tasks.values(), patterns)
+    if all(mark.gpu.result != "device" for mark in marks.values()):
+        return marks
+    add_errands(app)
+    return find_marks(app.tasks.values(), patterns)
 
 
 def map_marks() -> dict[str, Mark]:

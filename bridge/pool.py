@@ -19,7 +19,7 @@ from bridge.banner import Progress, gpu_banner
 from bridge.consumer import hybrid_autoscaler, hybrid_consumer
 from bridge.drivers import Drivers
 from bridge.errors import StartupError, TransportUnsupported
-from bridge.marks import MAPS, find_marks, is_gpu
+from bridge.marks import MAPS, is_gpu, marks_of
 from bridge.settings import settings
 from bridge.supervisor import GpuRequest
 from bridge.vitals import Vitals
@@ -40,7 +40,7 @@ class HybridPool(TaskPool):
         super().__init__(*args, **kwargs)
         try:
             self.settings = settings()
-            self.marks = find_marks(self.app.tasks.values(), self.settings.gpu_tasks)
+            self.marks = marks_of(self.app, self.settings.gpu_tasks)
         except StartupError as error:
             refuse(error)
         largest = max((mark.batch.max_size for mark in self.marks.values() if mark.batch), default=0)

@@ -36,6 +36,9 @@ def make_config(app: Any, tasks: Iterable[str], settings: Settings, share: float
         resident_limit=_share_of(settings.resident_limit, share),
         left_limit=_share_of(settings.left_limit, share),
         stores=settings.stores,
+        results_limit=_share_of(settings.device_results_limit, share),
+        host_results_limit=settings.host_results_limit,
+        keep_s=settings.device_result_s,
     )
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from actors.contract import ActorState, Health
-from bridge.scheduler import ActorBusy, ActorLost, ActorReady, Event
+from bridge.orders import ActorBusy, ActorLost, ActorReady, Event, HoldingsLost
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ class Roster:
         self._cluster: dict[str, Any] | None = None
         self._rows: dict[int, dict[str, Any]] = {}
         self._fenced: set[int] = set()
+        self._executors: dict[int, str] = {}  # slot -> the name of the executor that holds results there
 
     def change(self, slot: int, health: Health | None, reason: str) -> list[Event]:
         """An actor has given its account, or none, and `reason` says why; what that means to the scheduler."""
@@ -27,6 +28,17 @@ class Roster:
         self._rows[slot] = row | {"slot": slot, **({"reason": reason} if reason else {})}
         if health is not None:
             self._note_fence(slot, health)
+        return self._note_executor(slot, health) + self._note_state(slot, health, reason)
+
+    def _note_executor(self, slot: int, health: Health | None) -> list[Event]:
+        """What an executor held is lost with it, and to all purposes while its actor gives no account or ends."""
+        before = self._executors.pop(slot, "")
+        now = health.executor if health is not None and health.state is not ActorState.DRAINING else ""
+        if now:
+            self._executors[slot] = now
+        return [HoldingsLost(slot)] if before not in ("", now) else []
+
+    def _note_state(self, slot: int, health: Health | None, reason: str) -> list[Event]:
         if health is not None and health.state is ActorState.DRAINING:
             if slot in self.ready:
                 logger.info("GPU actor %d is ending: %s", slot, health.reason)  # as planned: no alarm
@@ -69,7 +81,8 @@ class Roster:
         self.ready.discard(slot)
         self._fenced.discard(slot)
         self._rows.pop(slot, None)
-        return [ActorLost(slot)]
+        self._executors.pop(slot, None)
+        return [HoldingsLost(slot), ActorLost(slot)]
 
     def set_cluster(self, facts: dict[str, Any]) -> None:
         """What is known of the cluster itself."""

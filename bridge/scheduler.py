@@ -1,7 +1,8 @@
 """Which task runs where, when, with whom: a pure state machine. No clock, no threads, no Ray, no Celery.
 
 Events go in through `handle`, with the time they happened; instructions come out. The driver does what they say.
-`docs/scheduling.md` explains the rules to users; what waits is kept in `bridge/lines.py`.
+`docs/scheduling.md` explains the rules to users; what waits is kept in `bridge/lines.py`. A task may be pinned to the
+actor that holds what it takes: it runs there or, when that is lost, is handed back.
 
 Pacing: a task that finds its actor idle and is alone in hand leaves at once, unless tasks come in a stream. Otherwise
 calls are shared: at most `calls_outstanding` per actor, and while the waiting work is tiny the next call leaves
@@ -18,6 +19,24 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bridge.lines import ANY, Estimates, Line, Lines, TaskRule, Waiting
+from bridge.orders import (
+    ActorBusy,
+    ActorLost,
+    ActorReady,
+    ActorShort,
+    Drop,
+    Event,
+    HandBack,
+    HoldingsLost,
+    Instruction,
+    Interrupt,
+    StartCall,
+    TaskCancelled,
+    TaskFinished,
+    TaskWaiting,
+    Tick,
+    WakeAt,
+)
 
 #: Weight of the newest arrival in `_crowding`, and from where on arrivals count as a stream: under one, a task that
 #: happens to find nothing else in hand still waits for company, or each would travel alone at a call's full price.
@@ -34,102 +53,6 @@ _PIECE_S = 0.001
 _ROUNDING_S = 1e-9
 #: Events kept per scheduler for the text of an illegal transition.
 _HISTORY = 64
-
-
-# ---- events
-
-
-class TaskWaiting(NamedTuple):
-    """A task wants to run; `rank` orders the queue, smaller first. `alone`: it shares no call (it is a suspect)."""
-
-    token: str
-    name: str
-    rank: int = 0
-    alone: bool = False
-
-
-class TaskFinished(NamedTuple):
-    """A task of a call has its outcome; `run_s` is None when no body ran."""
-
-    token: str
-    run_s: float | None
-
-
-class TaskCancelled(NamedTuple):
-    """A task is no longer wanted."""
-
-    token: str
-
-
-class ActorReady(NamedTuple):
-    """An actor is warm, and this is what it has."""
-
-    actor: int
-    accelerator: str = ""  # as Ray names it; "" where unknown
-    memory_bytes: int = 0  # what one body could have at best; 0 where unknown
-    warm_for: frozenset[str] = frozenset()  # names of tasks whose residents are on its device
-
-
-class ActorBusy(NamedTuple):
-    """An actor's own estimate of the work ahead of a new call, that of other drivers included."""
-
-    actor: int
-    queue_s: float
-
-
-class ActorShort(NamedTuple):
-    """An actor has too little free memory for tasks of this name, until it is ready anew."""
-
-    actor: int
-    name: str
-
-
-class ActorLost(NamedTuple):
-    """An actor takes no calls until it is ready again; its outstanding tasks finish or come back one by one."""
-
-    actor: int
-
-
-class Tick(NamedTuple):
-    """The time a WakeAt asked for has come."""
-
-
-Event = TaskWaiting | TaskFinished | TaskCancelled | ActorReady | ActorBusy | ActorShort | ActorLost | Tick
-
-
-# ---- instructions
-
-
-class StartCall(NamedTuple):
-    """Send these tasks to this actor in one call."""
-
-    actor: int
-    call: str
-    tokens: tuple[str, ...]
-    estimate_s: float
-
-
-class Interrupt(NamedTuple):
-    """Cancel a task that is in a call."""
-
-    actor: int
-    call: str
-    token: str
-
-
-class Drop(NamedTuple):
-    """A task that was cancelled before it left; nothing runs of it."""
-
-    token: str
-
-
-class WakeAt(NamedTuple):
-    """Send a Tick at this time; replaces earlier ones."""
-
-    at: float
-
-
-Instruction = StartCall | Interrupt | Drop | WakeAt
 
 
 class Rules(NamedTuple):
@@ -179,6 +102,8 @@ class _Actor:
     def suits(self, line: Line) -> bool:
         """Whether it has what the line's tasks need."""
         rule = line.rule
+        if line.actor not in (None, self.facts.actor):
+            return False
         if rule is ANY:
             return self.ready
         memory = self.facts.memory_bytes
@@ -248,7 +173,8 @@ class Scheduler:
 
     def wanted_by(self, now: float, patience_s: float) -> set[str]:
         """Accelerators that tasks name who have waited longer than `patience_s`; "" for those that take any."""
-        heads = [(line, line.head(math.inf)) for line in self._lines]  # the oldest of each
+        free = (line for line in self._lines if line.actor is None)  # no other actor helps one that is pinned
+        heads = [(line, line.head(math.inf)) for line in free]  # the oldest of each
         return {line.rule.accelerator for line, head in heads if now - head.since > patience_s}
 
     # events
@@ -271,6 +197,8 @@ class Scheduler:
                 self._actors[actor].short_for.add(name)
             case ActorLost(actor):
                 self._actors.setdefault(actor, _Actor()).ready = False
+            case HoldingsLost(actor):
+                return [HandBack(token) for token in self._lines.unpin(actor)]
             case Tick():
                 self._wake_at = None
         return []
@@ -280,7 +208,7 @@ class Scheduler:
             raise self._illegal(event.token, "is in hand already")
         crowded = bool(self._lines or self._running)
         self._crowding += _NEWEST_ARRIVAL * (crowded - self._crowding)
-        self._lines.add(event.token, event.name, event.rank, event.alone, now)
+        self._lines.add(event.token, event.name, event.rank, event.alone, now, event.actor)
 
     def _finish(self, token: str, run_s: float | None, now: float) -> None:
         if token not in self._running:

@@ -53,6 +53,15 @@ class Settings(BaseSettings):
     resident_limit: str = Field(
         "50%", description="what residents may hold on a device together: bytes such as 8GiB, or a share such as 50%"
     )
+    device_results_limit: str = Field(
+        "25%",
+        description="what results that stay (`Gpu(result='device')`) may hold on a device together; those used longest "
+        "ago move to the host's memory: bytes such as 8GiB, or a share such as 25%",
+    )
+    host_results_limit: str = Field(
+        "4GiB", description="what results that had to leave the device may hold of the host's memory; the oldest goes"
+    )
+    device_result_s: float = Field(3600.0, gt=0, description="a result stays on the device for this long")
     left_limit: str = Field(
         "25%",
         description="an executor whose bodies have left more than this behind on the device is replaced: bytes such as "

@@ -7,7 +7,6 @@ are stored together (`bridge/results.py`). So no two tasks ever interleave insid
 
 import inspect
 import logging
-import pickle
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from actors.bodies import has_custom_call, innermost, is_pydantic, replace_inner
 from actors.contract import Outcome, Pending, Reason
 from bridge.dead_letters import Crash
 from bridge.errors import BridgeError, PayloadInvalid, TaskPoisoned
+from bridge.handles import Plan, dumps, may_stay
 from bridge.link import Done, Ended, Run
 from bridge.marks import MAPS, Mark
 from bridge.outcomes import grant, resolve
@@ -50,8 +50,11 @@ class TracedTask:
         "losses",
         "once",
         "payload",
+        "plan",
+        "refs",
         "run",
         "short_since",
+        "stays",
         "token",
         "told",
         "tracer",
@@ -70,6 +73,9 @@ class TracedTask:
         self.how = Reason.CANCEL  # and in this way
         self.losses = 0
         self.once: list[ArrayRef] = []  # what is deleted when it has ended
+        self.plan: Plan | None = None  # where it runs, once its message has been looked at for handles
+        self.refs: dict[str, ArrayRef] = {}  # arrays of other actors that were fetched for it, by id of their handles
+        self.stays = False  # arrays in its result may stay on the device
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
         self.short_since = 0.0  # when it was first refused for want of memory
@@ -91,11 +97,14 @@ class Tracing:
     Args:
         app: the Celery app.
         answer: called with a task and its `Done` or `Ended` when its tracer has returned.
+        marks: the app's GPU tasks.
     """
 
-    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None]) -> None:
+    def __init__(self, app: Any, answer: Callable[[TracedTask, Any], None], marks: dict[str, Mark]) -> None:
         self._tasks = app.tasks  # kept: the app takes a lock for each look
         self._answer = answer
+        self._staying = {name for name, mark in marks.items() if mark.gpu.result == "device"}
+        self._marks = marks
         self._loop = greenlet.getcurrent()
 
     def start(self, task: TracedTask, refusal: BridgeError | None = None) -> None:
@@ -160,7 +169,9 @@ class Tracing:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
         task.once = arrays.seen_once.copy()
-        task.payload = _payload(args, kwargs, vars(celery_task.request), task.run.request)
+        request = vars(celery_task.request)
+        task.stays = name in self._staying and may_stay(request, self._marks)
+        task.payload = _payload(args, kwargs, request, task)
         try:
             outcome: Outcome | Pending | BridgeError = self._loop.switch()
             while isinstance(outcome, Pending):
@@ -202,15 +213,15 @@ def _final(task: Any, error: BridgeError) -> BaseException:
     return _Final(error) if isinstance(error, TaskPoisoned | PayloadInvalid) and hasattr(task, "_orig_run") else error
 
 
-def _payload(args: Any, kwargs: Any, request: dict[str, Any], sent: dict[str, Any]) -> bytes:
+def _payload(args: Any, kwargs: Any, request: dict[str, Any], task: TracedTask) -> bytes:
     """Arguments and request of a body; hooks such as `before_start` may have added to the request that was sent."""
     context = {key: value for key, value in request.items() if key != "kwargs" and not key.startswith("_")}
     context["args"] = () if isinstance(context.get("args"), tuple) else []  # from pickle it is a tuple, else a list
     try:
-        return pickle.dumps((args, kwargs, context), 5)
+        return dumps((args, kwargs, context), task.refs)
     except Exception:  # what a hook has put there belongs to this process
-        context = {key: value for key, value in context.items() if key in sent or key == "args"}
-        return pickle.dumps((args, kwargs, context), 5)
+        context = {key: value for key, value in context.items() if key in task.run.request or key == "args"}
+        return dumps((args, kwargs, context), task.refs)
 
 
 def einfo(error: BaseException) -> ExceptionInfo:

@@ -6,6 +6,8 @@ import pytest
 from actors import device, residents
 from actors.admission import Admission
 from actors.device import CpuDevice
+from actors.device_results import DeviceResults
+from actors.leaks import Leaks
 from actors.residents import Residents, resident
 
 KIB = 1024
@@ -18,9 +20,9 @@ class Gpu(CpuDevice):
         super().__init__("", memory_bytes)
         self.asked, self.others, self.freed = 0, others, 0
 
-    def memory(self, resident_bytes):
+    def memory(self, held_bytes):
         self.asked += 1
-        return super().memory(resident_bytes + self.others)
+        return super().memory(held_bytes + self.others)
 
     def free(self):
         self.freed += 1
@@ -36,8 +38,13 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture
-def admission(gpu):
-    return Admission(gpu, residents.shared)
+def results():
+    return DeviceResults()
+
+
+@pytest.fixture
+def admission(gpu, results):
+    return Admission(gpu, residents.shared, results)
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def test_what_declares_nothing_costs_nothing(admission, gpu):
 
 def test_an_unknown_memory_has_room_for_everything(monkeypatch):
     unknown = Gpu(0)
-    admission = Admission(unknown, Residents())
+    admission = Admission(unknown, Residents(), DeviceResults())
     assert admission.admit(1 << 60, 3, ()) == 3
     assert unknown.freed == 0
 
@@ -132,3 +139,40 @@ def test_residents_do_not_go_so_that_more_can_run_together(admission, table):
     table(40)
     assert admission.admit(40 * KIB, 2, ()) == 1
     assert residents.shared.sizes()
+
+
+def test_results_that_stay_go_to_the_host_before_residents_do(admission, results, table):
+    table(30)
+    for _ in range(2):
+        results.put(numpy.zeros(30 * KIB, numpy.uint8), 60)
+    results.forget_touched()
+    assert admission.admit(40 * KIB, 1, ()) == 1
+    assert (results.holdings().device_bytes, results.holdings().host_bytes) == (30 * KIB, 30 * KIB)
+    assert residents.shared.sizes()
+    assert admission.admit(80 * KIB, 1, ()) == 1
+    assert (results.holdings().arrays, results.holdings().device_bytes) == (2, 0)
+    assert not residents.shared.sizes()
+
+
+def test_the_device_is_asked_anew_when_a_result_has_come(admission, gpu, results):
+    admission.admit(30 * KIB, 1, ())
+    results.put(numpy.zeros(KIB, numpy.uint8), 60)
+    assert admission.admit(99 * KIB, 1, ()) == 1
+    assert gpu.asked == 2
+
+
+def test_results_that_stay_are_no_leak(results):
+    class Pool(CpuDevice):
+        def pooled_bytes(self):
+            return self.used
+
+    pool = Pool("")
+    pool.used = 0
+    leaks = Leaks(pool, Residents(), results, 10 * KIB)
+    results.put(numpy.zeros(20 * KIB, numpy.uint8), 60)
+    pool.used = 20 * KIB
+    leaks.note("task")
+    assert leaks.complaint() == ""
+    pool.used = 40 * KIB
+    leaks.note("task")
+    assert "task" in leaks.complaint()

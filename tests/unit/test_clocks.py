@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: File -> what it asks the wall clock for.
 ALLOWED = {
+    "actors/opening.py": "when a result that stays expires, for who has its handle",
     "actors/stores.py": "when data by reference expire, for people",
     "bridge/blame.py": "when an executor died, for people",
     "bridge/consumer.py": "whether `expires`, a date the producer has written, has passed",

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from bridge import Gpu, batched
 from bridge.errors import ConfigurationInvalid
-from bridge.marks import find_marks, is_gpu
+from bridge.marks import find_marks, is_gpu, marks_of
 
 
 @pytest.fixture
@@ -96,10 +96,26 @@ def test_a_mark_that_means_nothing_is_refused_with_the_tasks_name(value):
         marks(app)
 
 
-@pytest.mark.parametrize("options", [{"memmory": 1}, {"memory": "many"}, {"max_crashes": 0}, {"example": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{"memmory": 1}, {"memory": "many"}, {"max_crashes": 0}, {"example": 3}, {"keep_copy": True}, {"result": "gpu"}],
+)
 def test_unknown_options_fail_where_they_are_written(options):
     with pytest.raises(ValidationError):
         Gpu(**options)
+
+
+def test_an_app_whose_results_stay_gets_the_tasks_that_fetch_them_and_no_other_app_does(app):
+    assert "bridge.data.export" not in marks_of(app, [])
+    staying = Celery("staying", set_as_current=False)
+    staying.task(shared=False, name="staying.made", gpu=Gpu(result="device"))(body_of_one)
+    names = {name for name in marks_of(staying, []) if name.startswith(("staying", "bridge"))}  # Celery shares others
+    assert names == {"staying.made", "bridge.data.export", "bridge.data.delete"}
+    assert "bridge.data.export" in marks_of(staying, ["*"]), "asked once more"
+    assert "bridge.data.export" not in app.tasks
+
+
+def body_of_one(x): ...
 
 
 def test_options_do_not_change():

@@ -8,8 +8,9 @@ import weakref
 import numpy
 import pytest
 
-from actors import device, residents
+from actors import device, device_results, residents
 from actors.device import CpuDevice
+from actors.device_results import DeviceResults
 from actors.residents import Residents, load_all, resident
 
 
@@ -372,6 +373,22 @@ def test_a_load_that_lacks_memory_is_tried_again_without_those_not_in_use(shared
     model(2)
     assert large() == "large"
     assert attempts == [["model(1)", "model(2)"], ["model(2)"]]
+
+
+def test_a_load_that_lacks_memory_sends_results_that_stay_to_the_host(shared, monkeypatch):
+    results = DeviceResults()
+    monkeypatch.setattr(device_results, "shared", results)
+    results.put(numpy.zeros(1024), 60)
+    results.forget_touched()
+
+    @resident
+    def large():
+        if results.holdings().device_bytes:
+            raise MemoryError("no room")
+        return "large"
+
+    assert large() == "large"
+    assert results.holdings().arrays == 1
 
 
 def test_a_load_that_lacks_memory_with_nothing_to_give_up_fails(shared, model):

@@ -3,17 +3,15 @@
 import pytest
 
 from bridge.lines import TaskRule
-from bridge.scheduler import (
-    LEAD_S,
+from bridge.orders import (
     ActorBusy,
     ActorLost,
     ActorReady,
     ActorShort,
     Drop,
-    IllegalTransition,
+    HandBack,
+    HoldingsLost,
     Interrupt,
-    Rules,
-    Scheduler,
     StartCall,
     TaskCancelled,
     TaskFinished,
@@ -21,6 +19,7 @@ from bridge.scheduler import (
     Tick,
     WakeAt,
 )
+from bridge.scheduler import LEAD_S, IllegalTransition, Rules, Scheduler
 
 RULES = Rules(call_budget_s=0.005, call_gap_s=0.004, call_tasks=8, calls_outstanding=2)
 TINY_S = 0.0001
@@ -40,9 +39,9 @@ class Clock:
     def do(self, event):
         return self.scheduler.handle(event, now=self.now)
 
-    def wait(self, name="tiny", rank=0, alone=False, token=None):
+    def wait(self, name="tiny", rank=0, alone=False, token=None, actor=None):
         self.tokens += 1
-        return self.do(TaskWaiting(token or f"t{self.tokens}", name, rank, alone))
+        return self.do(TaskWaiting(token or f"t{self.tokens}", name, rank, alone, actor))
 
     def finish(self, *tokens, run_s=None):
         return [each for token in tokens for each in self.do(TaskFinished(token, run_s))]
@@ -693,3 +692,67 @@ def test_nothing_starves_behind_better_priorities():
         clock.scheduler.handle(*[TaskFinished(token, 0.1) for token in running], Tick(), now=clock.now)
     assert "patient" in started
     assert clock.now - began <= 1.0 + 3 * 0.1
+
+
+# ---- pinned to the actor that holds what a task takes
+
+
+def test_a_pinned_task_waits_for_its_actor_while_another_is_idle():
+    clock = Clock(actors=2).knows("tiny", TINY_S)
+    (held,) = calls(clock.wait("held", token="held", actor=1))
+    assert held.actor == 1, "though the other had as little to do"
+    clock.now += 1
+    assert calls(clock.wait(token="pinned", actor=1)) == []
+    (free,) = calls(clock.wait(token="free"))
+    assert (free.actor, free.tokens) == (0, ("free",)), "one that is pinned holds up nobody"
+    (call,) = calls(clock.finish("held"))
+    assert (call.actor, call.tokens) == (1, ("pinned",))
+
+
+def test_a_pinned_task_shares_its_actors_calls():
+    clock = Clock(actors=2).knows("tiny", TINY_S)
+    clock.do(ActorLost(0))
+    clock.hold()
+    clock.wait(token="a", actor=1), clock.wait(token="elsewhere", actor=0), clock.wait(token="b")
+    assert tokens(clock.finish("held")) == [("a", "b")]
+    assert tokens(clock.do(ActorReady(0))) == [("elsewhere",)]
+
+
+def test_a_batch_takes_only_tasks_with_the_same_pin():
+    clock = Clock(batches={"batch": TaskRule(8, 0.0)}, actors=1)
+    clock.hold()
+    for token, actor in [("a", 0), ("b", None), ("c", 0), ("d", None)]:
+        clock.wait("batch", token=token, actor=actor)
+    assert sorted(tokens(clock.finish("held"))) == [("a", "c")]
+    assert tokens(clock.finish("a", "c", run_s=TINY_S)) == [("b", "d")]
+
+
+def test_a_pinned_task_that_has_starved_goes_first_on_its_actor():
+    clock = Clock(rules=RULES._replace(starve_after_s=10.0), actors=2).knows("tiny", TINY_S)
+    clock.wait("held", token="x", actor=0), clock.wait("held", token="held", actor=1)
+    clock.wait("late", rank=5, token="pinned", actor=1)
+    clock.now += 11
+    clock.wait("urgent", rank=-1, token="urgent")
+    assert tokens(clock.finish("held")) == [("pinned",)]
+
+
+def test_tasks_pinned_to_an_actor_that_lost_what_it_held_are_handed_back_in_order():
+    clock = Clock(actors=2)
+    clock.hold(), clock.wait("held", token="x")
+    (
+        clock.wait("new", token="a", actor=0),
+        clock.wait("tiny", token="b", actor=0),
+        clock.wait("tiny", token="c", actor=1),
+    )
+    assert clock.do(ActorLost(0)) == [], "it may come back and hold it still"
+    assert clock.do(HoldingsLost(0)) == [HandBack("a"), HandBack("b")]
+    assert clock.scheduler.waiting == 1
+    assert clock.do(TaskCancelled("a")) == []
+
+
+def test_a_pinned_task_may_come_before_its_actor_is_known():
+    clock = Clock(actors=1)
+    assert calls(clock.wait(token="early", actor=7)) == []
+    assert [each.token for each in clock.scheduler.stranded(clock.now)] == ["early"]
+    assert clock.scheduler.wanted_by(clock.now + 60, 1.0) == set(), "more actors would not help"
+    assert tokens(clock.do(ActorReady(7))) == [("early",)]

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bridge.lines import TaskRule
-from bridge.scheduler import (
-    LEAD_S,
+from bridge.orders import (
     ActorBusy,
     ActorLost,
     ActorReady,
     Drop,
+    HandBack,
+    HoldingsLost,
     Interrupt,
-    Rules,
-    Scheduler,
     StartCall,
     TaskCancelled,
     TaskFinished,
@@ -25,6 +24,7 @@ from bridge.scheduler import (
     Tick,
     WakeAt,
 )
+from bridge.scheduler import LEAD_S, Rules, Scheduler
 
 BATCHES = {"batch": TaskRule(4, 0.05), "eager batch": TaskRule(3, 0.0)}
 NAMES = ["tiny", "small", "long", "new", *BATCHES]
@@ -47,7 +47,7 @@ class World(RuleBasedStateMachine):
         self.now = 0.0
         self.made = 0
         self.names = {}  # token -> name
-        self.waiting = {}  # token -> (name, alone)
+        self.waiting = {}  # token -> (name, alone, the actor it is pinned to)
         self.running = {}  # token -> (actor, call)
         self.calls = {}  # call -> (actor, tokens left)
         self.ended = set()
@@ -58,22 +58,29 @@ class World(RuleBasedStateMachine):
         if actors:  # and it knows the short ones already: only those are sent behind one another
             self.become_ready(0, 0.0)
             for name in ("tiny", "small"):
-                self.arrive(name, 0, False)
+                self.arrive(name, 0, False, None)
                 self.end(f"t{self.made}", ran=True)
 
     # what happens
 
-    @rule(name=st.sampled_from(NAMES), rank=st.integers(-1, 2), alone=st.sampled_from([False, False, False, True]))
-    def arrive(self, name, rank, alone):
+    @rule(
+        name=st.sampled_from(NAMES),
+        rank=st.integers(-1, 2),
+        alone=st.sampled_from([False, False, False, True]),
+        actor=st.sampled_from([None, None, *range(ACTORS)]),
+    )
+    def arrive(self, name, rank, alone, actor):
         self.made += 1
         token = f"t{self.made}"
-        self.waiting[token] = name, alone
-        self.tell(TaskWaiting(token, name, rank, alone))
+        self.waiting[token] = name, alone, actor
+        self.tell(TaskWaiting(token, name, rank, alone, actor))
 
-    @rule(names=st.lists(st.sampled_from(NAMES), min_size=2, max_size=12))
-    def burst(self, names):
+    @rule(
+        names=st.lists(st.sampled_from(NAMES), min_size=2, max_size=12), actor=st.sampled_from([None, *range(ACTORS)])
+    )
+    def burst(self, names, actor):
         for name in names:
-            self.arrive(name, 0, False)
+            self.arrive(name, 0, False, actor)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), ran=st.booleans())
@@ -100,6 +107,12 @@ class World(RuleBasedStateMachine):
         if answers:  # the driver says of each task that it is lost, and lets it wait again under a new token
             for token in [token for token, (where, _) in self.running.items() if where == actor]:
                 self.end(token, ran=False)
+
+    @rule(actor=st.integers(0, ACTORS - 1))
+    def lose_holdings(self, actor):
+        """Its executor has ended, whether or not the driver has heard of the next one already."""
+        self.tell(HoldingsLost(actor))
+        assert not any(pin == actor for _, _, pin in self.waiting.values()), "one that is pinned to it waits on"
 
     @rule(seconds=st.sampled_from([0.0005, 0.002, 0.004, 0.06, 1.0]))
     def pass_time(self, seconds):
@@ -138,6 +151,11 @@ class World(RuleBasedStateMachine):
                     assert token == cancelled and token in self.waiting
                     del self.waiting[token]
                     self.ended.add(token)
+                case HandBack(token):
+                    assert isinstance(event, HoldingsLost)
+                    _, _, pin = self.waiting.pop(token)
+                    assert pin == event.actor
+                    self.ended.add(token)
                 case Interrupt(actor, call, token):
                     assert token == cancelled
                     assert self.running[token] == (actor, call)
@@ -151,22 +169,23 @@ class World(RuleBasedStateMachine):
         assert call.call not in self.calls
         assert call.tokens and len(set(call.tokens)) == len(call.tokens)
         tasks = [self.waiting.pop(token) for token in call.tokens]  # KeyError: it does not wait
-        name, alone = tasks[0]
+        name, alone, pin = tasks[0]
+        assert {each for _, _, each in tasks} <= {None, call.actor}, "a task is not where it is pinned"
         if name in BATCHES and not alone:
-            assert {name} == {each for each, _ in tasks}
+            assert {(name, pin)} == {(each, its) for each, _, its in tasks}
             assert len(tasks) <= BATCHES[name].max_size
         elif len(tasks) > 1:
             assert len(tasks) <= self.rules.call_tasks
             assert call.estimate_s <= self.rules.call_budget_s * 1.000001
-            assert all(each not in BATCHES and each != "new" for each, _ in tasks)
+            assert all(each not in BATCHES and each != "new" for each, _, _ in tasks)
         ahead = [each for each in self.long_calls & self.calls.keys() if self.calls[each][0] == call.actor]
         for each in ahead:
-            foreseen = [name for name, _ in tasks] == ["long"] and self.now >= self.ends[each] - LEAD_S - 1e-9
+            foreseen = [name for name, *_ in tasks] == ["long"] and self.now >= self.ends[each] - LEAD_S - 1e-9
             assert foreseen, "something is sent behind a long call that is not about to end"
         if call.estimate_s >= self.rules.call_budget_s:
             self.long_calls.add(call.call)
         self.ends[call.call] = self.now + call.estimate_s
-        assert len(tasks) == 1 or not any(alone for _, alone in tasks), "a suspect has company"
+        assert len(tasks) == 1 or not any(alone for _, alone, _ in tasks), "a suspect has company"
         self.calls[call.call] = call.actor, set(call.tokens)
         self.running |= dict.fromkeys(call.tokens, (call.actor, call.call))
 
@@ -187,14 +206,17 @@ class World(RuleBasedStateMachine):
     @invariant()
     def an_idle_actor_is_never_left_without_a_wake_up(self):
         """Nothing runs, something waits, somebody is ready: then a time is set."""
-        if hasattr(self, "scheduler") and self.waiting and self.ready and not self.running:
+        if not hasattr(self, "scheduler") or self.running:
+            return
+        if any(self.ready if pin is None else pin in self.ready for _, _, pin in self.waiting.values()):
             assert self.wake_at is not None
 
     def teardown(self):
         """However it came to this: with an actor, time and answers, everything ends."""
         if not hasattr(self, "scheduler"):
             return
-        self.become_ready(1, 0.0)
+        for actor in range(ACTORS):
+            self.become_ready(actor, 0.0)
         for _ in range(10_000):
             if not self.waiting and not self.running:
                 break

@@ -1,0 +1,104 @@
+"""In the driver: tasks of ours, for which there is no message, sent to actors for the arrays that they hold.
+
+What they do there is in `actors/errands.py`.
+"""
+
+import pickle
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from actors.arrays import ArrayRef, ArraySpec
+from actors.contract import Failed, Outcome, TaskCall
+from actors.device_results import lost
+from actors.errands import DELETE, EXPORT
+from actors.handles import DeviceArray
+from actors.unopened import Unopened
+from bridge.errors import BridgeError
+from bridge.orders import Event, TaskWaiting
+
+#: Why what an actor held counts as lost.
+NOT_HEARD_OF = "its actor takes no calls"
+ENDED = "the process that held it (its executor) has ended"
+
+#: Takes references by id of their handles, and the first error if not all could be fetched.
+Then = Callable[[dict[str, ArrayRef], BridgeError | None], None]
+
+
+class _Errand(NamedTuple):
+    call: TaskCall
+    actor: int
+    then: Callable[[ArrayRef | BridgeError], None]
+
+
+class Errands:
+    """Sends them; `tell` takes events for the scheduler."""
+
+    def __init__(self, tell: Callable[[Event], None]) -> None:
+        self._tell = tell
+        self._under_way: dict[str, _Errand] = {}  # by token
+
+    def fetch(self, handles: Iterable[DeviceArray], then: Then) -> None:
+        """Have arrays put into the store, each by the actor that holds it; `then` is called once, later."""
+        wanted = {handle.id: handle for handle in handles}
+        refs: dict[str, ArrayRef] = {}
+        failed: list[BridgeError] = []
+
+        def take(name: str, answer: ArrayRef | BridgeError) -> None:
+            if isinstance(answer, BridgeError):
+                failed.append(answer)
+            else:
+                refs[name] = answer
+            if len(refs) + len(failed) == len(wanted):
+                then(refs, failed[0] if failed else None)
+
+        for name, handle in wanted.items():
+            argument = Unopened(ArraySpec(), handle)
+            self._send(EXPORT, argument, handle.actor, lambda answer, name=name: take(name, answer))  # type: ignore[misc]
+
+    def delete(self, handles: Iterable[DeviceArray]) -> None:
+        """Have arrays forgotten that nobody will ask for."""
+        held: dict[int, list[dict[str, Any]]] = {}
+        for handle in handles:
+            held.setdefault(handle.actor, []).append(handle.model_dump(mode="json"))
+        for actor, forms in held.items():
+            self._send(DELETE, forms, actor, lambda _: None)
+
+    def __contains__(self, token: str) -> bool:
+        return token in self._under_way
+
+    def call(self, token: str) -> TaskCall:
+        """What the actor is sent."""
+        return self._under_way[token].call
+
+    def wait(self, token: str) -> None:
+        """The actor has not taken it: it waits."""
+        errand = self._under_way[token]
+        self._tell(TaskWaiting(token, errand.call.name, actor=errand.actor))
+
+    def take(self, outcome: Outcome) -> None:
+        """One has ended."""
+        errand = self._under_way.pop(outcome.token)
+        if isinstance(outcome, Failed):
+            errand.then(_error_of(outcome))
+        elif errand.call.name == EXPORT:
+            errand.then(ArrayRef.model_validate(pickle.loads(outcome.value)))
+
+    def lose(self, token: str, why: str) -> None:
+        """Its actor is not there any more, or not for now."""
+        self._under_way.pop(token).then(lost(why))
+
+    def _send(self, name: str, argument: Any, actor: int, then: Callable[[ArrayRef | BridgeError], None]) -> None:
+        token = f"errand-{uuid.uuid4().hex}"
+        context = {"id": token, "task": name, "args": [], "delivery_info": {}}
+        payload = pickle.dumps(((argument,), {}, context), 5)
+        self._under_way[token] = _Errand(TaskCall(token, name, payload, None, None), actor, then)
+        self.wait(token)
+
+
+def _error_of(failed: Failed) -> BridgeError:
+    try:
+        error = pickle.loads(failed.exception) if failed.exception else None
+    except Exception:
+        error = None
+    return error if isinstance(error, BridgeError) else lost(f"it could not be fetched: {failed.message}")
