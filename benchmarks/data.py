@@ -60,13 +60,17 @@ class Data(Benchmark):
         self.records: list[Record] = []
 
     def measure(self, session: Session, size: Size) -> None:
-        """The crowds, while worker and driver have met nothing large; then every way of a lane, and the next lane."""
+        """The crowds, while worker and driver have met nothing large; then all ways, compared ones side by side."""
         rounds = int(size["rounds"])
         if running := session.lanes.get("bridge"):
             with session.may_fail("bridge"):
                 for number in range(1, rounds + 1):
                     self._remember("crowd", number, crowd(running, int(size["producers"]), int(size["crowd_mib"])))
-        session.rounds(rounds, lambda number, running: self._one(number, running, size))
+        for number in range(1, rounds + 1):
+            for way in rotated(list(WAYS), number):
+                if running := session.lanes.get(way.worker):
+                    with session.may_fail(way.worker):
+                        self._one(number, running, way, size)
 
     def conclude(self) -> Conclusion:
         """Each way's latency and CPU, then what targets make of them."""
@@ -119,16 +123,13 @@ class Data(Benchmark):
             found.append(at_most(f"peak memory of the {kind.value} above idle, many producers", value, 100, "MiB"))
         return found
 
-    def _one(self, number: int, running: Lane, size: Size) -> None:
+    def _one(self, number: int, running: Lane, way: Way, size: Size) -> None:
         os.environ["BRIDGE_DATA_URL"] = running.addresses.data  # where `data.put` puts
-        mine = {lane_of(way): way for way in WAYS if way.worker == running.approach.name}
-        for lane in rotated(list(mine), number):
-            way = mine[lane]
-            tasks = int(size["small" if way.mib == 1 else "large"]) / len(way.tasks)
-            if tasks:
-                self._remember(lane, number, measured(running, way, math.ceil(tasks)))
-            running.results.flushdb()
-            running.data.flushdb()
+        tasks = int(size["small" if way.mib == 1 else "large"]) / len(way.tasks)
+        if tasks:
+            self._remember(lane_of(way), number, measured(running, way, math.ceil(tasks)))
+        running.results.flushdb()
+        running.data.flushdb()
 
     def _remember(self, lane: str, number: int, figures: dict[str, float]) -> None:
         self.records.append(Record(lane=lane, round=number, figures=figures))
