@@ -15,7 +15,7 @@ from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from actors import arrays
-from actors.arrays import Form, Mismatch, as_form, register_form
+from actors.arrays import Form, as_form, register_form
 from actors.sizes import readable
 from actors.unopened import Unopened
 
@@ -134,7 +134,7 @@ class BlobSpec:
         if isinstance(form, bytearray | memoryview):
             return bytes(form)
         if not isinstance(form, bytes | InlineBytes | BlobRef | Unopened):
-            raise Mismatch(f"expected a {self.noun} (base64, bytes or a reference), found {type(form).__name__}")
+            raise ValueError(f"expected a {self.noun} (base64, bytes or a reference), found {type(form).__name__}")
         return form
 
     def _look_at(self, form: Any) -> None:
@@ -150,7 +150,7 @@ class BlobSpec:
 
     def _check_size(self, size_bytes: int | None) -> None:
         if size_bytes is not None and self.most_bytes is not None and size_bytes > self.most_bytes:
-            raise Mismatch(
+            raise ValueError(
                 f"the {self.noun} has {readable(size_bytes)}, at most {readable(self.most_bytes)} are allowed"
             )
 
@@ -158,11 +158,11 @@ class BlobSpec:
         if not self.formats:
             return
         if not head:
-            raise Mismatch(f"the {self.noun} is empty")
+            raise ValueError(f"the {self.noun} is empty")
         if not any(re.match(SIGNATURES[name], head, re.DOTALL) for name in self.formats):
             *most, last = self.formats
             names = f"neither {', '.join(most)} nor {last}" if most else f"no {last}"
-            raise Mismatch(f"the {self.noun} is {names}")
+            raise ValueError(f"the {self.noun} is {names}")
 
     def __str__(self) -> str:
         return self.noun
@@ -176,7 +176,7 @@ def _decoded(text: str, noun: str = "file") -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Mismatch(f"the {noun} is not base64: {error}") from None
+        raise ValueError(f"the {noun} is not base64: {error}") from None
 
 
 def _shown(value: Any) -> Any:

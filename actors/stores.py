@@ -136,14 +136,17 @@ class RootedStore:
         """As `Store.write`; who owns the place says how long it is kept."""
         url = f"{self.home}{uuid.uuid4().hex}"
         system, path = self._opened(url, [self.home])
-        with _answers(url):
-            system.makedirs(posixpath.dirname(path), exist_ok=True)
-            try:
+        try:
+            with _answers(url):
+                if url.startswith("file:"):  # elsewhere this would make a bucket, by whoever mistypes its name
+                    system.makedirs(posixpath.dirname(path), exist_ok=True)
                 system.pipe_file(path, bytes(data))
-            except BaseException:  # a full disk, or an interrupt of the body
-                with suppress(Exception):
-                    system.rm_file(path)
-                raise
+        except BaseException as error:  # a full disk, an interrupt of the body
+            with suppress(Exception):
+                system.rm_file(path)
+            if isinstance(error, DataLost):
+                raise StoreUnavailable(f"{url} cannot be written: there is no such folder or bucket") from error
+            raise
         return url
 
     def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:

@@ -32,7 +32,7 @@ from bridge.errors import HandleLost
 from bridge.settings import settings
 
 __all__ = ["Array", "ArrayRef", "ArraySpec", "Blob", "BlobRef", "BlobSpec", "DeviceArray", "Image", "ImageSpec"]
-__all__ += ["aget", "aput", "delete", "get", "put", "put_bytes"]
+__all__ += ["aget", "aput", "aput_bytes", "delete", "get", "put", "put_bytes"]
 
 #: The names under which arrays and files are known to kombu's JSON, on both sides.
 MARKER, BLOB_MARKER = "bridge.array", "bridge.blob"
@@ -95,6 +95,11 @@ def delete(ref: Any) -> None:
 async def aput(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
     """`put`, while the event loop goes on."""
     return await asyncio.to_thread(_stored, _stores(), array, keep_s, once)  # in a thread Celery may know no app
+
+
+async def aput_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -> BlobRef:
+    """`put_bytes`, while the event loop goes on."""
+    return await asyncio.to_thread(_stores().put_bytes, data, keep_s, once)
 
 
 async def aget(ref: Any) -> Any:

@@ -56,7 +56,7 @@ class Gpu(BaseModel):
     )
     result: Literal["value", "ref", "device"] = Field(
         default="value",
-        description="how arrays in a result travel: as lists of numbers, by reference to a store of large data, or "
+        description="how arrays and bytes in a result travel: inside it (arrays as lists), by reference to a store, or "
         "as a handle to the device where they stay",
     )
     keep_copy: bool = Field(

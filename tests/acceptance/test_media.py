@@ -1,5 +1,6 @@
 """Files and pictures inside messages, by reference and by URL; and stores that are away, full, slow or not allowed."""
 
+import asyncio
 import base64
 import io
 import json
@@ -261,6 +262,13 @@ def test_a_producer_may_put_into_a_shared_folder(send, folder, monkeypatch):
         data._stores_of.cache_clear()
     with pytest.raises(errors.DataLost, match="is not there"):
         send("read", file).get(**GET)
+
+
+def test_in_an_event_loop(send):
+    async def both():
+        return await data.aget(await data.aput_bytes(PDF))
+
+    assert asyncio.run(both()) == PDF
 
 
 def test_files_meant_for_one_task_go_and_no_others(send, store, folder):

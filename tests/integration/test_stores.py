@@ -267,6 +267,12 @@ def test_what_is_no_file_is_not_there(home):
             stores(None, f"file://{home}").get(BlobRef(url=f"file://{home}/{name}"))
 
 
+def test_a_place_that_cannot_be_written_to(home):
+    (home / "file").touch()
+    with pytest.raises(StoreUnavailable, match="there is no such folder or bucket"):
+        stores(f"file://{home}/file/below").put(ARRAY)
+
+
 def test_a_soft_limit_within_a_file_system_is_no_fault_of_it(home, monkeypatch):
     def interrupted(*_):
         raise SoftTimeLimitExceeded
