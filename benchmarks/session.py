@@ -66,8 +66,9 @@ class Session:
         try:
             yield
         except Exception as error:
-            self.failed[name] = f"{type(error).__name__}: {error}"
-            say(f"{name} failed, the others go on: {self.failed[name][:300]}")
+            cause = error.__cause__ or error.__context__
+            self.failed[name] = f"{type(error).__name__}: {error}" + (f" (from {cause!r})" if cause else "")
+            say(f"{name} failed, the others go on: {self.failed[name][:500]}")
             self.lanes.pop(name, None)
             if name in self._stacks:
                 self._stacks.pop(name).close()

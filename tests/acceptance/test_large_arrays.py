@@ -10,7 +10,7 @@ import pytest
 from tests.support.services import ROOT, Worker
 
 HOWTO = (ROOT / "docs" / "howto" / "large-arrays.md").read_text()
-TASKS, PRODUCER = re.findall(r"^```python\n(.*?)^```", HOWTO, flags=re.MULTILINE | re.DOTALL)
+TASKS, PRODUCER, *_ = re.findall(r"^```python\n(.*?)^```", HOWTO, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
