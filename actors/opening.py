@@ -164,9 +164,12 @@ class Opener:
 
 
 def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
-    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts."""
+    """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts.
+
+    A number stays one: ``x.sum()`` is an array without dimensions in CuPy, and none in NumPy.
+    """
     if is_device_array(value) or isinstance(value, numpy.ndarray):
-        return convert(value)
+        return convert(value) if getattr(value, "ndim", 0) else value
     if isinstance(value, bytes):
         return of_bytes(value)
     if isinstance(value, list | tuple):

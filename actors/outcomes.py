@@ -56,6 +56,13 @@ def failure(token: str, error: BaseException, entry: CodeType, out_of_memory: bo
     )
 
 
+def exit_code(error: BaseException | None) -> int:
+    """What a process ends with that this exception has left."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return int(error is not None)
+
+
 def _kind(error: BaseException, out_of_memory: bool) -> FailureKind:
     if isinstance(error, Cancelled):
         return FailureKind.CANCELLED

@@ -268,7 +268,9 @@ class Runner:
             error = raised
         finally:
             if os.getpid() != self._pid:
-                os._exit(_exit_code(error))  # a child that the body forked has come out here: it is no second executor
+                os._exit(
+                    outcomes.exit_code(error)
+                )  # a child that the body forked has come out here: it is no second executor
             self._interrupter.serial = 0
             sys.settrace(None)
             celery_state._task_stack.pop()
@@ -397,12 +399,6 @@ def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:
     """Of the same name, and with the same limits on streams, where each body's time counts from its own start."""
     same_limits = task.soft_limit_s == first.soft_limit_s and task.hard_limit_s == first.hard_limit_s
     return task.name == first.name and (loaded.batch is not None or same_limits)
-
-
-def _exit_code(error: BaseException | None) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return int(error is not None)
 
 
 def _share(run: _Result, value: Any) -> _Result:

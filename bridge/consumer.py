@@ -242,7 +242,7 @@ class HybridConsumer:
         """On Redis: what this worker holds is not given to others while its event loop turns."""
         transport = self.connection.transport
         if isinstance(getattr(transport, "cycle", None), visibility.RenewingPoller):
-            transport.cycle.start_renewing(self.timer, self._lost)
+            transport.cycle.start_renewing(self.timer, self._lost, lambda: not self._has_room())
             self.pool.is_lost = functools.partial(self._is_lost, transport.cycle)
         if not self._is_cautioned:
             self._is_cautioned = True
@@ -282,9 +282,11 @@ class HybridConsumer:
                 self.event_dispatcher.send(kind, **fields)
 
     def _has_room(self) -> bool:
+        children: int = getattr(self.controller, "max_concurrency", None) or self.pool.num_processes
+        if len(reserved_requests) < min(children, self.pool.gpu_slots):
+            return True
         reserved = tuple(reserved_requests)
         gpu = sum(self.pool.is_gpu(request) for request in reserved)
-        children: int = getattr(self.controller, "max_concurrency", None) or self.pool.num_processes
         has_room: bool = gpu < self.pool.gpu_slots and len(reserved) - gpu < children
         return has_room
 

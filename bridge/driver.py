@@ -357,7 +357,11 @@ class Driver:
 
     def _wait(self, task: TracedTask, alone: bool = False) -> None:
         if task.plan is None:
-            task.plan = plan(handles_of(task.run, self._accepted_content))
+            wanted = self._rules[task.run.task].accelerator
+            task.plan = plan(
+                handles_of(task.run, self._accepted_content),
+                lambda actor: wanted in ("", self._roster.accelerator(actor, wanted)),
+            )
         if task.plan.elsewhere and not task.refs:
             task.alone = alone
             self._errands.fetch(task.plan.elsewhere, partial(self._go_on_with, task))
@@ -389,10 +393,19 @@ class Driver:
         self._wait(task, task.alone)
 
     def _hand_back(self, token: str) -> None:
+        """What an executor held is lost, unless it is the new one that a task waits for."""
+        task = self._by_token.get(token)
         if token in self._errands:
-            self._errands.lose(token, ENDED)
-        elif token in self._by_token:
-            self._unpin(self._by_token[token])
+            actor, executor = self._errands.holder(token)
+            if self._roster.executor(actor) == executor:
+                self._errands.wait(token)
+            else:
+                self._errands.lose(token, ENDED)
+        elif task is not None and task.plan is not None and task.plan.actor is not None:
+            if self._roster.executor(task.plan.actor) == task.plan.executor:
+                self._wait(task, task.alone)
+            else:
+                self._unpin(task)
 
     def _again(self, task: TracedTask, alone: bool) -> None:
         """Let a task wait for another run; a new token, so that nothing late ever touches it."""

@@ -21,6 +21,9 @@ from bridge.orders import Event, TaskWaiting
 NOT_HEARD_OF = "its actor takes no calls"
 ENDED = "the process that held it (its executor) has ended"
 
+#: Their rank in the queue: a task waits for each, and each is short.
+_FIRST = -1000
+
 #: Takes references by id of their handles, and the first error if not all could be fetched.
 Then = Callable[[dict[str, ArrayRef], BridgeError | None], None]
 
@@ -28,6 +31,7 @@ Then = Callable[[dict[str, ArrayRef], BridgeError | None], None]
 class _Errand(NamedTuple):
     call: TaskCall
     actor: int
+    executor: str
     then: Callable[[ArrayRef | BridgeError], None]
 
 
@@ -54,15 +58,15 @@ class Errands:
 
         for name, handle in wanted.items():
             argument = Unopened(ArraySpec(), handle)
-            self._send(EXPORT, argument, handle.actor, lambda answer, name=name: take(name, answer))  # type: ignore[misc]
+            self._send(EXPORT, argument, handle, lambda answer, name=name: take(name, answer))  # type: ignore[misc]
 
     def delete(self, handles: Iterable[DeviceArray]) -> None:
         """Have arrays forgotten that nobody will ask for."""
-        held: dict[int, list[dict[str, Any]]] = {}
+        held: dict[tuple[int, str], list[DeviceArray]] = {}
         for handle in handles:
-            held.setdefault(handle.actor, []).append(handle.model_dump(mode="json"))
-        for actor, forms in held.items():
-            self._send(DELETE, forms, actor, lambda _: None)
+            held.setdefault((handle.actor, handle.executor), []).append(handle)
+        for mine in held.values():
+            self._send(DELETE, [each.model_dump(mode="json") for each in mine], mine[0], lambda _: None)
 
     def __contains__(self, token: str) -> bool:
         return token in self._under_way
@@ -71,10 +75,15 @@ class Errands:
         """What the actor is sent."""
         return self._under_way[token].call
 
+    def holder(self, token: str) -> tuple[int, str]:
+        """The actor it is for, and its executor."""
+        errand = self._under_way[token]
+        return errand.actor, errand.executor
+
     def wait(self, token: str) -> None:
         """The actor has not taken it: it waits."""
         errand = self._under_way[token]
-        self._tell(TaskWaiting(token, errand.call.name, actor=errand.actor))
+        self._tell(TaskWaiting(token, errand.call.name, _FIRST, actor=errand.actor))
 
     def take(self, outcome: Outcome) -> None:
         """One has ended."""
@@ -88,11 +97,11 @@ class Errands:
         """Its actor is not there any more, or not for now."""
         self._under_way.pop(token).then(lost(why))
 
-    def _send(self, name: str, argument: Any, actor: int, then: Callable[[ArrayRef | BridgeError], None]) -> None:
+    def _send(self, name: str, argument: Any, of: DeviceArray, then: Callable[[ArrayRef | BridgeError], None]) -> None:
         token = f"errand-{uuid.uuid4().hex}"
         context = {"id": token, "task": name, "args": [], "delivery_info": {}}
         payload = pickle.dumps(((argument,), {}, context), 5)
-        self._under_way[token] = _Errand(TaskCall(token, name, payload, None, None), actor, then)
+        self._under_way[token] = _Errand(TaskCall(token, name, payload, None, None), of.actor, of.executor, then)
         self.wait(token)
 
 

@@ -6,7 +6,7 @@ and its body gets the copy or fails as HandleLost.
 """
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -33,18 +33,19 @@ class Plan(NamedTuple):
 
     actor: int | None = None  # there, for it holds arrays the task takes
     elsewhere: tuple[DeviceArray, ...] = ()  # others, to be fetched first
+    executor: str = ""  # of that actor, which holds them
 
 
-def plan(handles: Iterable[DeviceArray]) -> Plan:
-    """Where to run a task that takes these; a handle with a copy need not be fetched."""
+def plan(handles: Iterable[DeviceArray], suits: Callable[[int], bool] = lambda _: True) -> Plan:
+    """Where to run a task that takes these, if that actor suits; a handle with a copy need not be fetched."""
     held: dict[tuple[int, str], dict[str, DeviceArray]] = {}
     for handle in handles:
         held.setdefault((handle.actor, handle.executor), {})[handle.id] = handle
-    if not held:
-        return Plan()
-    best = max(held, key=lambda where: sum(each.size_bytes for each in held[where].values()))
+    places = [where for where in held if suits(where[0])]
+    best = max(places, key=lambda where: sum(each.size_bytes for each in held[where].values()), default=None)
     others = [each for where, found in held.items() if where != best for each in found.values()]
-    return Plan(best[0], tuple(each for each in others if each.kept is None))
+    elsewhere = tuple(each for each in others if each.kept is None)
+    return Plan(best[0], elsewhere, best[1]) if best else Plan(None, elsewhere)
 
 
 def handles_of(run: Run, accept: Any) -> list[DeviceArray]:

@@ -1,207 +1,43 @@
 """In the worker: the consuming connection asks Redis about many messages at once, where kombu asks thrice about each.
 
-After BRPOP has delivered a message, one script notes it as unacknowledged and takes further ones, as many as the
-prefetch count lets in; acknowledgements leave together, once per turn of the event loop. Redis holds what stock kombu
-would have put there, so workers without this share queues with this one. It never holds a message back, never takes
-what kombu would not have taken next, and leaves every message it cannot read exactly to kombu.
+It waits without taking anything (bridge/taking.py); then one script takes messages and notes them as unacknowledged, as
+many as the prefetch count lets in; acknowledgements leave together, once per turn of the event loop. Redis holds what
+stock kombu would have put there, so workers without this share queues with this one. It never holds a message back,
+never takes what kombu would not have taken next, and leaves every message it cannot read, and every Redis that does not
+do this, to kombu's BRPOP.
 """
 
 import logging
 import time
 from collections import deque
 from contextlib import suppress
+from queue import Empty
 from typing import Any, NamedTuple
 
 import redis
 from kombu.transport import redis as stock
-from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from bridge.intake import UNREADABLE, BoundedChannel, drop_unreadable
-from bridge.visibility import RENEW, RenewingPoller, RenewingQoS
+from bridge.intake import UNREADABLE, BoundedChannel, drop_unreadable, without_large_body
+from bridge.redis_qos import GroupedQoS
+from bridge.taking import LARGEST_BYTES, MOST_BYTES, READ_BYTES, TAKE, Watch, read_reply
+from bridge.visibility import RENEW, RenewingPoller
 
 logger = logging.getLogger(__name__)
 
-#: One script takes at most this many messages, and no further one when it has this many bytes.
-MOST_MESSAGES, MOST_BYTES = 100, 1 << 20
-#: A larger message is left to BRPOP: reading it would keep Redis from everybody else.
-LARGEST_BYTES = 1 << 16
-#: Acknowledgements leave in the middle of a turn when there are this many, and no more of them together.
-MOST_ACKS = 500
-#: After Redis has refused a script or acknowledgements it is asked again after this long, in seconds.
-REFUSED_PAUSE_S, ACK_AGAIN_S = 60.0, 1.0
-
-# Removes what is acknowledged, notes the message of BRPOP if there is one, then takes further ones as a series of
-# BRPOPs would: most urgent list first, queues in turn. Only half of what waits, rounded up: other workers want theirs.
-# cjson reads a message, whose tag must be plain ASCII; what is stored is its text, untouched. The ZREM needs no memory,
-# and after a first write Redis lets a script finish: a full server would refuse to note what it gave away.
-_TAKE = """
-local now, queues, rotates = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1'
-local count, bytes, largest = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-
-local function note(tag, text)
-  redis.call('ZREM', KEYS[1], tag)
-  redis.call('ZADD', KEYS[1], now, tag)
-  redis.call('HSET', KEYS[2], tag, text)
-end
-
-local function read(raw)
-  local ok, message = pcall(cjson.decode, raw)
-  local properties = ok and type(message) == 'table' and message.properties
-  local info = type(properties) == 'table' and properties.delivery_info
-  if type(info) ~= 'table' then return nil end
-  local tag, exchange, key = properties.delivery_tag, info.exchange, info.routing_key
-  if type(tag) ~= 'string' or type(exchange) ~= 'string' or type(key) ~= 'string' then return nil end
-  if tag:find('[^ -~]') then return nil end
-  return tag, '[' .. raw .. ', ' .. cjson.encode(exchange) .. ', ' .. cjson.encode(key) .. ']'
-end
-
-if #ARGV > 8 then
-  redis.call('ZREM', KEYS[1], unpack(ARGV, 9))
-  redis.call('HDEL', KEYS[2], unpack(ARGV, 9))
-end
-if ARGV[8] ~= '' then note(ARGV[7], ARGV[8]) end
-local order, is_empty, waiting = {}, {}, 0
-for queue = 1, queues do order[queue] = queue end
-for k = 3, #KEYS do
-  local length = redis.pcall('LLEN', KEYS[k])
-  if type(length) == 'number' then waiting = waiting + length else is_empty[KEYS[k]] = true end
-end
-
-local function most_urgent()
-  for first = 2, #KEYS - 1, queues do
-    for place, queue in ipairs(order) do
-      local key = KEYS[first + queue]
-      local raw = not is_empty[key] and redis.call('LINDEX', key, -1)
-      if raw then return key, raw, place end
-      is_empty[key] = true
-    end
-  end
-end
-
-local taken = {}
-for _ = 1, math.min(count, math.ceil(waiting / 2)) do
-  local key, raw, place = most_urgent()
-  if not key or #raw > largest or #raw > bytes then break end
-  local tag, text = read(raw)
-  if not tag then break end
-  redis.call('RPOP', key)
-  note(tag, text)
-  bytes = bytes - #raw
-  taken[#taken + 1] = order[place]
-  taken[#taken + 1] = tag
-  taken[#taken + 1] = raw
-  if rotates then table.insert(order, table.remove(order, place)) end
-end
-return taken
-"""
-
-
-class GroupedQoS(RenewingQoS):
-    """Which messages are unacknowledged; of one that was taken and not delivered yet, None stands for the message."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._acks: deque[Any] = deque()  # prefork acknowledges from a thread of its own while children end
-        self._ack_at = 0.0
-
-    def append(self, message: Any, delivery_tag: Any) -> None:
-        """Note a message as unacknowledged, unless that was done when it was taken."""
-        if self.is_only_taken(delivery_tag):
-            virtual.QoS.append(self, message, delivery_tag)
-            self.channel.is_built = True
-            return
-        answer = self.channel.note(message, delivery_tag)
-        if answer is None:
-            self.channel.complete(message)
-            super().append(message, delivery_tag)
-        else:  # in the order of their arrival, in which kombu gives them back
-            virtual.QoS.append(self, message, delivery_tag)
-            self.channel.keep(*answer)
-        self.has_noted(delivery_tag)
-        self.channel.is_built = True
-
-    def is_only_taken(self, delivery_tag: Any) -> bool:
-        """Whether a message was taken and is not delivered yet."""
-        return self._delivered.get(delivery_tag, self) is None
-
-    def add_taken(self, delivery_tag: Any) -> None:
-        """Count a message from now on; closing the channel gives it back."""
-        self._delivered[delivery_tag] = None
-        self.has_noted(delivery_tag)
-
-    def forget_taken(self, delivery_tag: Any) -> None:
-        """It has gone another way."""
-        if self.is_only_taken(delivery_tag):
-            del self._delivered[delivery_tag]
-
-    @property
-    def room(self) -> int:
-        """How many messages may come in."""
-        if "can_consume" in vars(self):  # --disable-prefetch: Celery looks anew at each message
-            return 0
-        most = self.can_consume_max_estimate()
-        return MOST_MESSAGES if most is None else min(MOST_MESSAGES, most)
-
-    def ack(self, delivery_tag: Any) -> None:
-        """Acknowledge with the others of this turn; at once when no turn will come, for nothing is consumed."""
-        self._acks.append(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
-        if len(self._acks) >= MOST_ACKS or not self.channel.active_queues:
-            self.send_acks()
-
-    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
-        """Give back to the queue, at once, or drop as if acknowledged."""
-        if requeue:
-            super().reject(delivery_tag, requeue=True)
-        else:
-            self.ack(delivery_tag)
-
-    def send_acks(self, again: bool = False) -> None:
-        """Tell Redis which messages are done with; nothing is raised, as for kombu's `ack_log_error`.
-
-        Args:
-            again: also when Redis has just refused.
-        """
-        while self._acks and (again or time.monotonic() >= self._ack_at):
-            tags = self.next_acks()
-            try:
-                # No transaction: a full server takes none. A tag in the index alone is cleared by whoever restores it.
-                with self.channel.plain_client.pipeline(transaction=False) as pipe:
-                    pipe.hdel(self.channel.prefixed(self.unacked_key), *tags)
-                    pipe.zrem(self.channel.prefixed(self.unacked_index_key), *tags)
-                    pipe.execute()
-            except ResponseError as error:  # it is there and does not want to, as in the middle of a failover
-                logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
-                self.ack_again(tags)
-                return
-            except Exception as error:  # the connection is gone: the broker will deliver the messages again
-                logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
-            except BaseException:  # this process is told to stop
-                self.ack_again(tags)
-                raise
-
-    def next_acks(self) -> list[Any]:
-        """Acknowledgements to be sent together, or `ack_again`."""
-        tags: list[Any] = []
-        with suppress(IndexError):  # a thread may do the same
-            while len(tags) < MOST_ACKS:
-                tags.append(self._acks.popleft())
-        return tags
-
-    def ack_again(self, tags: list[Any]) -> None:
-        """They were not sent, or nobody knows whether they were."""
-        self._acks.extendleft(reversed(tags))
-        self._ack_at = time.monotonic() + ACK_AGAIN_S
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """At the end: what is acknowledged must be so in Redis before the rest is given back."""
-        self.channel.forget_question()
-        self.send_acks(again=True)
-        super().restore_unacked_once(stderr)
+#: After Redis has refused a script it is asked without for this long, in seconds.
+REFUSED_PAUSE_S = 60.0
+#: While Redis is silent it is asked anew after this long, in seconds, unless kombu says otherwise.
+ASK_AGAIN_S = 1.0
+#: A worker in which a task would wait for a child or a slot leaves what comes to others for this long, in seconds: many
+#: times what one that is idle needs to take it.
+GIVE_WAY_S = 0.005
+#: Who was told of messages so often in a row and came too late asks only after this long, in seconds: with many idle
+#: workers Redis would be asked by all of them about each message.
+MOST_VAIN, VAIN_PAUSE_S = 20, 0.05
 
 
 class _Asked(NamedTuple):
@@ -210,6 +46,8 @@ class _Asked(NamedTuple):
     queues: list[str]
     room: int
     acks: list[Any]
+    is_first: bool  # of those that look, on this connection
+    looks: bool
 
 
 class GroupedChannel(BoundedChannel):
@@ -219,15 +57,22 @@ class GroupedChannel(BoundedChannel):
     _plain_client: Any = None
     _reads = False  # inside BRPOP's delivery, where further messages are welcome
     _refused_until = 0.0
-    _more_waits = False  # the last question was answered in full
+    _is_full = False  # the last question was answered in full: more is to be expected
+    _more_waits = False  # or may wait: nothing is to be waited for
+    _is_left = False  # the script could not read the next message
     _asked: Any = None
+    _answered_at = 0.0
+    _way_until: float | None = None  # until then others are given way
+    _vain = 0  # questions without a message, one after the other, as fast as Redis has spoken
+    _brpop_sent_at: Any = None
     is_built = False  # the text being delivered has become a message
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: deque[tuple[str, str, bytes]] = deque()  # queue, delivery tag, text
         self._without_ack: set[str] = set()  # queues
+        self._watch = Watch()
         super().__init__(*args, **kwargs)
-        self._take = redis.Redis().register_script(_TAKE)
+        self._take = redis.Redis().register_script(TAKE)
         self.renew_script = redis.Redis().register_script(RENEW)
 
     @property
@@ -245,34 +90,85 @@ class GroupedChannel(BoundedChannel):
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         """Consume a queue; with `no_ack` nothing would ever remove what was noted of its messages."""
         (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
+        self._more_waits = True  # perhaps, there
         return super().basic_consume(queue, no_ack, *args, **kwargs)  # type: ignore[misc]
 
     def _basic_cancel(self, consumer_tag: str) -> Any:
         ret = super()._basic_cancel(consumer_tag)  # type: ignore[misc]
         if not self.active_queues:  # type: ignore[attr-defined]
             if self._asked is not None and self._in_poll:
-                self._brpop_read()  # what was taken meanwhile goes back now: closing may be an hour away
+                with suppress(Empty):
+                    self._brpop_read()  # what was taken meanwhile goes back now: closing may be an hour away
             if isinstance(self._qos, GroupedQoS):  # type: ignore[attr-defined]
                 self._qos.send_acks()  # type: ignore[attr-defined]
+            if self._is_waiting():
+                self.client.connection.disconnect()  # type: ignore[attr-defined]  # nobody reads what Redis says
         return ret
 
     def _brpop_start(self, timeout: Any = None) -> None:
-        """Ask for messages; the answer is read when it is there. More are known to wait: no need to wait with BRPOP."""
+        """Ask for messages; the answer is read when it is there. BRPOP asks where there is no other way to wait."""
         self.forget_question()
-        room = self.qos.room if self._more_waits and self._may_take() else 0  # type: ignore[attr-defined]
-        self._more_waits = False
-        if room <= 0:
-            super()._brpop_start(timeout)  # type: ignore[misc]
-            return
         connection = self.client.connection  # type: ignore[attr-defined]
-        self._in_poll, self._brpop_sent_at = connection, time.monotonic()
+        may_take = self._may_take() and not self._is_left
+        may_wait = may_take and self._watch.may(connection)
+        if may_wait or (may_take and self._is_full):
+            self._ask(connection, looks=may_wait and not self._is_full)
+            return
+        self._watch.end(connection)
+        self._more_waits = self._is_full = self._is_left = False
+        super()._brpop_start(timeout)  # type: ignore[misc]
+
+    def ask_when_due(self) -> None:
+        """Ask anew while Redis is silent, as often as BRPOP would; at once when messages are known to wait."""
+        if self._is_waiting() and self.active_queues and self.qos.can_consume():  # type: ignore[attr-defined]
+            waited_s = time.monotonic() - self._answered_at
+            is_due = waited_s >= (self.brpop_timeout or ASK_AGAIN_S)  # type: ignore[attr-defined]
+            if is_due:
+                self._vain = 0
+            if is_due or (self._more_waits and not self._gives_way()):
+                self._brpop_start()
+
+    def _gives_way(self) -> bool:
+        """Whether others are to have what waits, for a moment: who is idle is not to lose it to who is not."""
+        cycle, now = self.connection.cycle, time.monotonic()  # type: ignore[attr-defined]
+        pause_s = GIVE_WAY_S if cycle.is_busy() else VAIN_PAUSE_S if self._vain >= MOST_VAIN else 0.0
+        if self._is_full or not pause_s or cycle.timer is None:
+            return False
+        if self._way_until is None:
+            self._way_until = now + pause_s
+            cycle.timer.call_after(pause_s, self._take_what_is_left)
+        return bool(now < self._way_until)
+
+    def _take_what_is_left(self) -> None:
+        with suppress(RedisError, OSError):  # the event loop sees it, too, and connects again
+            self.ask_when_due()
+
+    def _is_waiting(self) -> bool:
+        """Whether Redis has answered, and says so when a list changes."""
+        connection = self._in_poll
+        return self._asked is None and bool(connection) and self._watch.is_on(connection)
+
+    def _ask(self, connection: Any, looks: bool) -> None:
+        room = self.qos.room  # type: ignore[attr-defined]
         keys, arguments, queues = self._question(room)
-        self._asked = _Asked(queues, room, self.qos.next_acks())  # type: ignore[attr-defined]
-        connection.send_command("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *self._asked.acks)
+        before = self._watch.before(connection) if looks else []
+        self._asked = asked = _Asked(queues, room, self.qos.next_acks(), bool(before), looks)  # type: ignore[attr-defined]
+        take = ("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *asked.acks)
+        look = self._watch.look(keys[2:]) if looks else []
+        self._in_poll, self._brpop_sent_at, self._way_until = connection, time.monotonic(), None
+        connection.send_packed_command(connection.pack_commands([*before, take, *look]))
 
     def _brpop_read(self, **options: Any) -> Any:
         self._reads, self.is_built = True, False
         try:
+            if self._is_waiting():  # a list has changed, or the connection is gone
+                self._more_waits = True
+                if self._gives_way():
+                    self._watch.hear(self._in_poll)
+                elif self.active_queues and not self._closing:  # type: ignore[attr-defined]
+                    self._brpop_start()
+                if self._asked is None:
+                    raise Empty
             return super()._brpop_read(**options) if self._asked is None else self._read_answer()  # type: ignore[misc]
         except UNREADABLE as error:
             drop_unreadable(error, self.is_built)
@@ -283,26 +179,50 @@ class GroupedChannel(BoundedChannel):
             self._deliver_taken()
 
     def _read_answer(self) -> bool:
-        """Read what Redis answers to the question of `_brpop_start`."""
+        """Read what Redis answers to the question of `_ask`.
+
+        Raises:
+            Empty: it has no message.
+            RedisError, OSError: the connection is gone.
+        """
         asked: _Asked = self._asked
         connection = self.client.connection  # type: ignore[attr-defined]
         try:
-            taken = self.client.parse_response(connection, "EVALSHA")  # type: ignore[attr-defined]
-        except NoScriptError:
-            self.plain_client.script_load(_TAKE)
-        except ResponseError as error:
-            self._refused(error)
+            self._see(asked, connection, [read_reply(connection) for _ in range(1 + asked.is_first + 2 * asked.looks)])
         except BaseException:
             connection.disconnect()  # as kombu does: the next turn connects again, or the worker does
             raise
-        else:
-            self._asked = None
-            self.keep(taken, asked.queues, asked.room)
         finally:
             self.forget_question()
             self._in_poll = None
             self._flush_brpop_reauth()  # type: ignore[attr-defined]
+        if self._watch.is_on(connection):
+            self._in_poll, self._brpop_sent_at, self._answered_at = connection, None, time.monotonic()
+        if not self._taken:
+            self._vain += 1
+            raise Empty
+        self._vain = 0
         return True
+
+    def _see(self, asked: _Asked, connection: Any, replies: list[Any]) -> None:
+        """Keep what was taken; know whether there is more, and whether Redis says so when there will be."""
+        answer = replies.pop(asked.is_first)
+        self._is_full = False
+        if isinstance(answer, NoScriptError):
+            self.plain_client.script_load(TAKE)
+        elif isinstance(answer, ResponseError):
+            self._refused(answer)
+        else:
+            self._asked = None
+            self.keep(answer, asked.queues, asked.room)
+        refusals = [each for each in replies if isinstance(each, ResponseError)]
+        if refusals:
+            logger.warning("Redis does not say when a list changes: %r; BRPOP is used instead", refusals[0])
+            self._watch.refuse()
+        elif asked.looks:
+            self._watch.begin(connection)
+        is_known = asked.looks and not refusals and self._asked is None and not self._is_left
+        self._more_waits = not is_known or replies[-1] > 0 or connection.can_read(0)  # a change came with the answer
 
     def forget_question(self) -> None:
         """A question that has no answer: its acknowledgements are sent again, which does no harm."""
@@ -352,16 +272,19 @@ class GroupedChannel(BoundedChannel):
         qos = self.qos  # type: ignore[attr-defined]
         keys = [self.prefixed(key) for key in (qos.unacked_index_key, qos.unacked_key, *lists)]
         rotates = int(type(cycle) is round_robin_cycle)
-        return keys, [time.time(), len(queues), rotates, count, MOST_BYTES, LARGEST_BYTES, tag, text], queues
+        bounds = (count, MOST_BYTES, READ_BYTES, LARGEST_BYTES)
+        return keys, [time.time(), len(queues), rotates, *bounds, tag, text], queues
 
-    def keep(self, taken: list[Any], queues: list[str], count: int) -> None:
+    def keep(self, answer: list[Any], queues: list[str], count: int) -> None:
         """What the script has taken is to be delivered."""
+        is_left, *taken = answer
         for number, tag, raw in zip(*[iter(taken)] * 3, strict=True):
             queue = queues[number - 1]
             self._queue_cycle.rotate(queue)  # type: ignore[attr-defined]
             self._taken.append((queue, tag.decode(), raw))
             self.qos.add_taken(tag.decode())  # type: ignore[attr-defined]
-        self._more_waits = len(taken) == 3 * count > 0
+        self._is_left = is_left == 1
+        self._is_full = len(taken) == 3 * count > 0
 
     def _deliver_taken(self) -> None:
         """Deliver what was taken. Should that fail, the rest goes back to its queues when the channel is closed."""
@@ -370,6 +293,8 @@ class GroupedChannel(BoundedChannel):
             queue, tag, raw = self._taken.popleft()
             self.is_built = False
             try:
+                if len(raw) > self.largest_body:
+                    raw = without_large_body(raw, int(self.largest_body))
                 self.connection._deliver(loads(bytes_to_str(self.without_body(raw))), queue)  # type: ignore[attr-defined]
             except UNREADABLE as error:
                 if qos.is_only_taken(tag):  # no message can be made of it: lost, as it would be with kombu
@@ -387,6 +312,7 @@ class GroupedPoller(RenewingPoller):
         super().on_poll_start()
         for channel in self._channels:
             if isinstance(channel._qos, GroupedQoS):
+                channel.ask_when_due()
                 channel._qos.send_acks()
 
 

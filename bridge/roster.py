@@ -92,6 +92,14 @@ class Roster:
         """Where an actor is, as last heard; "" where unknown."""
         return str(self._rows.get(slot, {}).get("node", ""))
 
+    def executor(self, slot: int) -> str:
+        """The name of the executor that an actor has; "" while it gives no account of one."""
+        return self._executors.get(slot, "")
+
+    def accelerator(self, slot: int, unknown: str) -> str:
+        """The GPU model of an actor, `unknown` where that is so."""
+        return str(self._rows.get(slot, {}).get("accelerator") or unknown)
+
     def describe(self) -> str:
         """The ready actors in words, for an error about what none of them has."""
         rows = [self._rows[slot] for slot in sorted(self.ready)]

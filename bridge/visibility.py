@@ -116,21 +116,24 @@ class RenewingPoller(stock.MultiChannelPoller):
     """All channels of the connection that tasks come from."""
 
     on_lost: Callable[[list[Any]], None]
+    is_busy: Callable[[], bool]
+    timer: Any = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.on_lost = log_lost
+        self.on_lost, self.is_busy = log_lost, lambda: False
         self._overdue_at = math.inf
         self._every_s = math.inf
 
-    def start_renewing(self, timer: Any, on_lost: Callable[[list[Any]], None]) -> None:
+    def start_renewing(self, timer: Any, on_lost: Callable[[list[Any]], None], is_busy: Callable[[], bool]) -> None:
         """Renew on the worker's timer until the connection is closed.
 
         Args:
             timer: of the worker's event loop; one that stands still lets other workers have the messages.
             on_lost: called with the delivery tags that are somebody else's by now.
+            is_busy: whether a task that is taken now would wait here.
         """
-        self.on_lost = on_lost
+        self.on_lost, self.is_busy, self.timer = on_lost, is_busy, timer
         self._every_s = min((qos.renew_every_s for qos in self._renewing()), default=math.inf)
         if self._every_s < math.inf:
             self._tick()

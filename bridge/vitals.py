@@ -116,7 +116,7 @@ class Vitals:
         self._drivers = self._pool.gpu.heard
         self._waiting = self._gpu["in_flight"] - self._gpu["running"] + self._count_waiting()
         self._asked_at = None
-        if getattr(self._channel, "_in_poll", None):  # kombu's Redis: an answer to BRPOP is due within a second
+        if getattr(self._channel, "_in_poll", None):  # kombu's Redis: an answer is due within a second
             self._asked_at = getattr(self._channel, "_brpop_sent_at", None)
 
     def account(self) -> dict[str, Any]:

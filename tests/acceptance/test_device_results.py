@@ -246,6 +246,17 @@ def test_an_executor_that_ends_takes_its_arrays_along_unless_there_are_copies(s,
     assert copy not in keys(redis_server)
 
 
+def test_those_that_run_with_or_wait_for_an_executor_that_dies_are_told(s, actors, tmp_path):
+    handle = s.ones(50).delay().get(**GET)
+    running = s.held_till_killed(handle, str(tmp_path)).delay()
+    wait_for((tmp_path / "started").exists, "its start")
+    waiting = s.place(handle).delay()
+    os.kill(pid_of(actors, handle), signal.SIGKILL)
+    for result in (running, waiting):  # the first may run twice, and finds it gone
+        with pytest.raises(errors.HandleLost, match="has ended"):
+            result.get(**GET)
+
+
 def changed(handle, **fields):
     return {**handle.model_dump(mode="json"), **fields}
 

@@ -190,6 +190,9 @@ def test_sigkill_of_the_worker_loses_nothing(start, send, redis_server, tmp_path
     wait_for(lambda: lines(log), "the body to start")
     waiting = [send("records", str(tmp_path / "others"), str(n)) for n in range(5)]
     wait_for(lambda: redis_server.client.hlen("unacked") == 6, "all messages to be in the worker")
+    os.kill(worker.pid, signal.SIGSTOP)  # as good as dead, and Redis does not know
+    waiting.append(send("records", str(tmp_path / "others"), "5"))
+    assert redis_server.client.llen("celery") == 1, "a message was handed to a process that may be dead"
     worker.kill_group()
     unacked = redis_server.client.hgetall("unacked")
     assert len(unacked) == 6, "unacknowledged messages stay in the broker"
@@ -202,7 +205,7 @@ def test_sigkill_of_the_worker_loses_nothing(start, send, redis_server, tmp_path
         for tag in unacked:
             connection.default_channel.qos.restore_by_tag(tag.decode())
     start(log="again.log")
-    assert [result.get(**GET) for result in waiting] == [str(n) for n in range(5)]
+    assert [result.get(**GET) for result in waiting] == [str(n) for n in range(6)]
     wait_for(lambda: "end" in lines(log), "the interrupted task to run again")
 
 

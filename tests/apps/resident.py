@@ -104,6 +104,12 @@ def held_up(values: Array, folder: str) -> object:
     return array
 
 
+@app.task(gpu=STAYS)
+def held_till_killed(values: Array, folder: str) -> object:
+    """A name of its own: one that has ended quickly once counts as short, and others are sent behind it."""
+    return held_up.run(values, folder)
+
+
 @app.task
 def on_cpu(values) -> list:
     return [type(values).__name__, float(numpy.asarray(values).sum()), os.getpid()]

@@ -73,7 +73,7 @@ def retry(self, id: str, times: int) -> int:
     with effect(id, retries=self.request.retries):
         pass
     if self.request.retries < times:
-        raise self.retry(countdown=0.2)
+        raise self.retry(countdown=0.2, exc=LookupError(self.request.retries))  # which try ended so
     return self.request.retries
 
 

@@ -53,7 +53,7 @@ class Results(threading.Thread):
         self._client = redis.Redis.from_url(url, socket_timeout=5)
         self._sent = Tail(sent)  # the producer's ledger
         self._ids = {}  # id -> kind
-        self.histories = {}  # id -> [(state, class of the error, when it was stored), ...], one for each change
+        self.histories = {}  # id -> [(state, class of the error or try, when it was stored), ...], one per change
         self._large = set()  # not read again once final: their values are large
         self._ended = threading.Event()
         self.lock = threading.Lock()
@@ -89,6 +89,8 @@ class Results(threading.Thread):
         meta = json.loads(stored)
         result = meta["result"]
         error = result.get("exc_type", "") if isinstance(result, dict) else ""
+        if meta["status"] == "RETRY":
+            error = str(result["exc_message"][0])  # how many tries there had been before
         seen = (meta["status"], error, meta.get("date_done") or "")
         if not history or history[-1][:2] != seen[:2]:
             history.append(seen)

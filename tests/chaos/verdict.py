@@ -16,11 +16,8 @@ RERUNS = {
     "reset one": IN_HAND, "stop redis": 2 * IN_HAND, "stop worker": IN_HAND, "stop driver": IN_HAND,
     "stop actor": IN_HAND, "stop executor": IN_HAND, "stop node": IN_HAND,
 }  # fmt: skip
-#: Faults that may lose what was acknowledged early, or had been taken from the queue and not noted yet.
+#: Faults that may lose what was acknowledged early.
 LOSES_EARLY = ("kill worker",)
-#: Faults that may lose the one message that BRPOP was just handing to a worker's connection: kombu notes it only when
-#: it has arrived. Most such messages, by fault: of each connection that is cut.
-LOSES_ON_THE_WAY = {"kill worker": 1, "reset one": 1, "reset all": 2, "restart redis": 2}
 #: Kinds whose bodies may never start.
 NEVER_RUN = frozenset({"invalid", "expired"})
 EARLY = frozenset({"noop_early", "batch_early", "nap_early", "long_early", "retry_early"})
@@ -105,13 +102,8 @@ class Verdict:
     def _is_on_the_way(self, task):
         """Whether no worker has ever had the message: the only one, or that of the next try."""
         story = self.stories[task]
-        waits_for_try = bool(story.history) and story.history[-1][0] == "RETRY"
-        return not story.received or (waits_for_try and len(story.ends) >= len(story.received))
-
-    @property
-    def on_the_way_bound(self):
-        """Most messages that the faults may have lost between Redis and a worker."""
-        return sum(LOSES_ON_THE_WAY.get(each["kind"], 0) for each in self.faults)
+        state, tries, _ = story.history[-1] if story.history else ("", "", "")
+        return not story.received or (state == "RETRY" and len(story.received) <= int(tries) + 1)
 
     def violations(self):
         """Sentences, one for each rule that was broken; none means that the run passes."""
@@ -122,9 +114,8 @@ class Verdict:
         duplicates = sum(self.duplicated.values())
         if duplicates > reruns:
             found.append(f"{duplicates} bodies ran once more, the faults explain {reruns}")
-        on_the_way = len(self.lost_on_the_way)
-        if on_the_way > self.on_the_way_bound:
-            found.append(f"{on_the_way} messages were lost on their way, the faults explain {self.on_the_way_bound}")
+        if self.lost_on_the_way:
+            found.append(f"{len(self.lost_on_the_way)} messages were lost on their way to a worker")
         lost_early = sum(self.stories[task].kind in EARLY for task in set(self.lost) - set(self.lost_on_the_way))
         if lost_early > early:
             found.append(f"{lost_early} early tasks were lost, the killed workers explain {early}")

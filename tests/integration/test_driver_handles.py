@@ -105,6 +105,18 @@ def test_when_the_executor_ends_it_runs_anywhere_and_is_told_there(cluster):
     assert cluster.calls()[-1] == (0, "lab.echo", (handle("aa", 1),))
 
 
+def test_a_task_for_the_new_executor_is_not_sent_away_when_the_driver_hears_of_it(cluster):
+    """It served others, and was heard of in a handle, before the driver's next beat."""
+    cluster.actor(0).actor(1)
+    cluster.send("held"), cluster.send("held")
+    cluster.send(handle("aa", 1).model_copy(update={"executor": "ee"}))
+    cluster.actor(1, "ee")
+    cluster.answer(done("ok"), 0)
+    assert len(cluster.calls()) == 1, "the other one is free"
+    cluster.answer(done("ok"))
+    assert [call[:2] for call in cluster.calls()] == [(1, "lab.echo")]
+
+
 def test_an_actor_that_nobody_hears_of_is_waited_for_no_longer_than_that(cluster, monkeypatch):
     cluster.actor(0)
     cluster.send(handle("aa", 7))
@@ -128,6 +140,15 @@ def test_what_another_actor_holds_is_fetched_first_and_deleted_at_the_end(cluste
     assert cluster.calls() == [(1, "lab.echo", ([REF, handle("bb", 1, 2)],))], "the same again"
     cluster.answer(done("ok"))
     assert cluster.result() == "'ok'" and cluster.discarded == [REF]
+
+
+def test_an_array_on_a_gpu_of_another_model_than_the_task_needs_is_fetched(cluster):
+    cluster.actor(0)
+    cluster.driver._rules["lab.echo"] = cluster.driver._rules["lab.echo"]._replace(accelerator="H100")
+    health = cluster.is_ready().health._replace(slot=0, executor="e0", accelerator="L4")
+    cluster.event(SlotChanged(0, health, ""))
+    cluster.send(handle("aa", 0))
+    assert [call[:2] for call in cluster.calls()] == [(0, EXPORT)]
 
 
 def test_one_with_a_copy_is_not_fetched(cluster):

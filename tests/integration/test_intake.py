@@ -104,7 +104,8 @@ class Intake:
         self.redis.lpush(QUEUE, raw)
         self.pool.started.clear()
         for _ in range(20):
-            if not self.turn() or not self.redis.llen(QUEUE):
+            self.turn()  # one may only find out that BRPOP has to ask
+            if not self.redis.llen(QUEUE):
                 break
         for request in list(self.consumer._in_hand):
             request.acknowledge()

@@ -92,6 +92,7 @@ def test_the_least_recently_used_moves_to_the_host_and_back(results, gpu):
     results.get(a, results.executor)
     c = results.put(made(gpu, value=3), 60)
     assert results.holdings() == Holdings(3, 2 * KIB, KIB)
+    assert list(results._host.held) == [b], "a has been used since"
     again = results.get(b, results.executor)
     assert is_on_device(again) and float(again[0]) == 2.0
     assert results.holdings() == Holdings(3, 2 * KIB, KIB)

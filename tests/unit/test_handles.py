@@ -8,9 +8,10 @@ from celery import Celery, chain, chord, group
 from kombu.serialization import dumps as encode
 from kombu.serialization import prepare_accept_content
 
-from actors.arrays import ArrayRef, ArraySpec, Unopened
+from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import Failed, FailureKind, Succeeded
 from actors.handles import DeviceArray
+from actors.unopened import Unopened
 from bridge import Gpu, errors, handles
 from bridge.errands import Errands
 from bridge.handles import Plan, handles_in, handles_of, may_stay, plan
@@ -40,28 +41,34 @@ def test_without_handles_anywhere():
 
 
 def test_where_its_arrays_are():
-    assert plan([handle("a", 3), handle("b", 3)]) == Plan(3, ())
+    assert plan([handle("a", 3), handle("b", 3)]) == Plan(3, (), "e0")
 
 
 def test_where_most_bytes_are_and_the_others_are_fetched():
     small, large = handle("a", 0, "e0", 10), handle("b", 1, "e1", 11)
-    assert plan([small, large]) == Plan(1, (small,))
+    assert plan([small, large]) == Plan(1, (small,), "e1")
     more = handle("c", 0, "e0", 5)
-    assert plan([small, large, more]) == Plan(0, (large,))
+    assert plan([small, large, more]) == Plan(0, (large,), "e0")
 
 
 def test_each_array_counts_once():
     small, large = handle("a", 0, "e0", 10), handle("b", 1, "e1", 15)
-    assert plan([small, large, small, small]) == Plan(1, (small,))
+    assert plan([small, large, small, small]) == Plan(1, (small,), "e1")
 
 
 def test_one_with_a_copy_need_not_be_fetched():
-    assert plan([handle("a", 0, "e0", 10, REF), handle("b", 1, "e1", 11)]) == Plan(1, ())
+    assert plan([handle("a", 0, "e0", 10, REF), handle("b", 1, "e1", 11)]) == Plan(1, (), "e1")
+
+
+def test_where_none_suits_all_are_fetched():
+    a, b, copied = handle("a", 0, "e0", 10), handle("b", 1, "e1", 11), handle("c", 1, "e1", 11, REF)
+    assert plan([a, b], lambda actor: actor == 0) == Plan(0, (b,), "e0")
+    assert plan([a, b, copied], lambda _: False) == Plan(None, (a, b))
 
 
 def test_another_executor_of_the_same_actor_is_another_place():
     old, new = handle("a", 0, "e0", 10), handle("b", 0, "e1", 11)
-    assert plan([old, new]) == Plan(0, (old,))
+    assert plan([old, new]) == Plan(0, (old,), "e1")
 
 
 # ---- which
@@ -173,7 +180,7 @@ def test_an_errand_waits_for_its_actor_and_answers_once(errands, told):
     answers = []
     errands.fetch([handle("ab", 5)], lambda *answer: answers.append(answer))
     (waiting,) = told
-    assert waiting == TaskWaiting(waiting.token, "bridge.data.export", actor=5)
+    assert waiting == TaskWaiting(waiting.token, "bridge.data.export", -1000, actor=5)
     args, _, _ = pickle.loads(errands.call(waiting.token).payload)
     assert args[0].source == handle("ab", 5)
     errands.wait(waiting.token)
