@@ -169,7 +169,9 @@ def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options:
 def _encoded(value: Any) -> Any:
     """JSON of an array, or of a form."""
     if isinstance(value, numpy.ndarray):
-        value = Inline.of(value) if value.nbytes <= settings().data_inline_bytes else put(value)
+        # What a body asks Celery to send, the driver sends: it must not wait for a store.
+        is_inline = arrays.passes_on or value.nbytes <= settings().data_inline_bytes
+        value = Inline.of(value) if is_inline else put(value)
     return value.model_dump(mode="json")
 
 
