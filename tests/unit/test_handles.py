@@ -223,7 +223,11 @@ def test_an_errand_behind_a_slow_task_waits_as_long_as_it_takes(errands, told):
     assert len(told) == 3 * MAX_LOSSES + 1
 
 
-@pytest.mark.parametrize("value", [pickle.dumps({"kind": "npy", "data": ""}), pickle.dumps(None), b"no pickle"])
+@pytest.mark.parametrize(
+    "value",
+    [pickle.dumps({"kind": "npy", "data": ""}), pickle.dumps(None), b"no pickle"],
+    ids=["an envelope", "nothing", "no pickle"],
+)
 def test_an_answer_that_is_no_reference_costs_only_its_task(errands, told, value):
     answers = []
     errands.fetch([handle()], lambda _, error: answers.append(error))
