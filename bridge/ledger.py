@@ -8,12 +8,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from actors.arrays import ArrayRef
 from actors.shared_redis import shared_redis, uses_redis
-from actors.stores import Stores
+from actors.stores import Ref, Stores
 from bridge.dead_letters import Bounds, Crash, DeadLetters, Letter
 from bridge.discards import Discards
 from bridge.errors import as_text
@@ -71,7 +70,7 @@ class Ledger:
         """Keep a dead letter; asked also when Redis has just been away."""
         self._ask(f"the dead letter of {letter.id}", lambda store: store.keep(letter), then, always=True)
 
-    def discard(self, refs: list[ArrayRef]) -> None:
+    def discard(self, refs: Sequence[Ref]) -> None:
         """Delete data by reference whose task has ended; see `Discards`."""
         self._discards.add(refs)
 

@@ -54,6 +54,7 @@ class TracedTask:
         "cancelled",
         "checks",
         "crashes",
+        "fetches",
         "how",
         "losses",
         "once",
@@ -84,6 +85,7 @@ class TracedTask:
         self.once: list[ArrayRef] = []  # what is deleted when it has ended
         self.plan: Plan | None = None  # where it runs, once its message has been looked at for handles
         self.refs: dict[str, ArrayRef] = {}  # arrays of other actors that were fetched for it, by id of their handles
+        self.fetches = False  # arrays of other actors are under way for it: the scheduler does not know it yet
         self.stays = False  # arrays in its result may stay on the device
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
