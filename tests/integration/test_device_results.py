@@ -38,6 +38,15 @@ def half_sendable(): return [numpy.ones(10), lambda: None]
 @app.task(name="d.scalars", gpu=Gpu(result="device"))
 def scalars(): return {"mean": numpy.float64(0.5), "empty": numpy.zeros((0, 3)), "point": numpy.array(2.0)}
 
+@app.task(name="d.eigh", gpu=Gpu(result="device"))
+def eigh(): return numpy.linalg.eigh(numpy.eye(2))
+
+@app.task(name="d.eigh_by_reference", gpu=Gpu(result="ref"))
+def eigh_by_reference(): return [numpy.linalg.eigh(numpy.eye(2))]
+
+@app.task(name="d.values_of", gpu=True)
+def values_of(pair): return type(pair).__name__, pair.eigenvalues.sum() + pair.eigenvectors.sum()
+
 @app.task(name="d.where", gpu=True)
 def where(values): return values.__array_interface__["data"][0], float(values.sum())
 
@@ -56,7 +65,7 @@ def short_once(values, path):
 """
 TASKS = [
     EXPORT, DELETE,
-    *(f"d.{name}" for name in ("made", "kept", "half_sendable", "scalars", "where", "held", "large", "short_once")),
+    *(f"d.{name}" for name in ("made", "kept", "half_sendable", "scalars", "eigh", "eigh_by_reference", "values_of", "where", "held", "large", "short_once")),
 ]  # fmt: skip
 KIB = 1024
 
@@ -122,6 +131,20 @@ def test_scalars_and_small_arrays(driver):
     assert found["point"] == 2.0, "an array without dimensions is a number"
     assert (found["empty"].shape, found["empty"].size_bytes) == ((0, 3), 0)
     assert driver.value(EXPORT, found["empty"], 100)["kind"] == "npy"
+
+
+def test_a_named_tuple_of_arrays_becomes_a_tuple_as_any_other_result(driver):
+    values, vectors = value(driver.outcomes(task("eigh"))[0])
+    assert isinstance(values, DeviceArray) and (values.shape, vectors.shape) == ((2,), (2, 2))
+    ((values, vectors),) = value(driver.outcomes(task("eigh_by_reference"))[0])
+    assert isinstance(values, ArrayRef) and isinstance(vectors, ArrayRef)
+
+
+def test_a_named_tuple_of_arrays_arrives_as_one(driver):
+    spec = ArraySpec("<f8")
+    named = numpy.linalg.eigh(numpy.eye(2))
+    sent = type(named)(*(Unopened(spec, array) for array in named))
+    assert value(driver.outcomes(task("values_of", sent))[0]) == ("EighResult", 4.0)
 
 
 def test_without_a_taker_for_handles_arrays_go_to_the_store(driver):
