@@ -83,7 +83,8 @@ class Opener:
             except ValueError as error:
                 raise PayloadInvalid(name, [problem(field, str(error), value.source)]) from None
         if isinstance(value, list | tuple):
-            return type(value)([self._opened(name, f"{field}.{n}", each) for n, each in enumerate(value)])
+            make = getattr(value, "_make", type(value))  # a NamedTuple takes its fields one by one
+            return make([self._opened(name, f"{field}.{n}", each) for n, each in enumerate(value)])
         if isinstance(value, dict):
             return {key: self._opened(name, f"{field}.{key}", each) for key, each in value.items()}
         if isinstance(value, BaseModel):
@@ -191,7 +192,9 @@ def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[
         return convert(value) if getattr(value, "ndim", 0) else value
     if isinstance(value, bytes):
         return of_bytes(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):  # a NamedTuple becomes a plain one, as in `outcomes.plain`
+        return tuple(_with_arrays(each, convert, of_bytes) for each in value)
+    if isinstance(value, list):
         return type(value)([_with_arrays(each, convert, of_bytes) for each in value])
     if isinstance(value, dict):
         return {key: _with_arrays(each, convert, of_bytes) for key, each in value.items()}

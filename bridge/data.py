@@ -26,6 +26,7 @@ from actors.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
 from actors.blobs import Blob, BlobRef, BlobSpec, InlineBytes
 from actors.errands import DELETE, EXPORT
 from actors.handles import DeviceArray
+from actors.lists import KINDS
 from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
 from bridge.errors import HandleLost
@@ -109,7 +110,7 @@ async def aget(ref: Any) -> Any:
 
 def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> ArrayRef:
     array = numpy.asarray(array)
-    if array.dtype.kind not in arrays.KINDS:
+    if array.dtype.kind not in KINDS:
         raise ValueError(f"only arrays of numbers travel by reference, not of {array.dtype}")
     return stores.put(array, keep_s, once)
 

@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from actors.arrays import ArrayRef, ArraySpec
-from actors.contract import FailureKind
+from actors.contract import FailureKind, StoreConfig
 from actors.errands import DELETE, EXPORT
 from actors.errors import HandleLost, StoreUnavailable
 from actors.handles import DeviceArray
@@ -53,6 +53,15 @@ def stored(given): return [numpy.ones(3), b"bytes", given]
 @app.task(name="d.scalars", gpu=Gpu(result="device"))
 def scalars(): return {"mean": numpy.float64(0.5), "empty": numpy.zeros((0, 3)), "point": numpy.array(2.0)}
 
+@app.task(name="d.eigh", gpu=Gpu(result="device"))
+def eigh(): return numpy.linalg.eigh(numpy.eye(2))
+
+@app.task(name="d.eigh_by_reference", gpu=Gpu(result="ref"))
+def eigh_by_reference(): return [numpy.linalg.eigh(numpy.eye(2))]
+
+@app.task(name="d.values_of", gpu=True)
+def values_of(pair): return type(pair).__name__, pair.eigenvalues.sum() + pair.eigenvectors.sum()
+
 @app.task(name="d.where", gpu=True)
 def where(values): return values.__array_interface__["data"][0], float(values.sum())
 
@@ -69,7 +78,7 @@ def short_once(values, path):
         raise MemoryError("no room")
     return held
 """
-NAMES = "made kept half_sendable too_much stored scalars where held large short_once"
+NAMES = "made kept half_sendable too_much stored scalars where held large short_once eigh eigh_by_reference values_of"
 TASKS = [EXPORT, DELETE, *(f"d.{name}" for name in NAMES.split())]
 KIB = 1024
 
@@ -137,6 +146,21 @@ def test_scalars_and_small_arrays(driver):
     assert driver.value(EXPORT, found["empty"], 100)["kind"] == "npy"
 
 
+def test_a_named_tuple_of_arrays_becomes_a_tuple_as_any_other_result(start, tmp_path):
+    driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
+    values, vectors = value(driver.outcomes(task("eigh"))[0])
+    assert isinstance(values, DeviceArray) and (values.shape, vectors.shape) == ((2,), (2, 2))
+    ((values, vectors),) = value(driver.outcomes(task("eigh_by_reference"))[0])
+    assert isinstance(values, ArrayRef) and isinstance(vectors, ArrayRef)
+
+
+def test_a_named_tuple_of_arrays_arrives_as_one(driver):
+    spec = ArraySpec("<f8")
+    named = numpy.linalg.eigh(numpy.eye(2))
+    sent = type(named)(*(Unopened(spec, array) for array in named))
+    assert value(driver.outcomes(task("values_of", sent))[0]) == ("EighResult", 4.0)
+
+
 def test_without_a_taker_for_handles_arrays_go_to_the_store(driver):
     """There is none here, which says that they went there."""
     (outcome,) = driver.outcomes(task("made", 8, stays=False))
@@ -185,8 +209,6 @@ def test_an_empty_array_is_exported_by_reference(start, tmp_path):
 
 
 def test_copies_go_to_the_store_and_serve_when_the_array_has_gone(start, tmp_path):
-    from actors.contract import StoreConfig
-
     driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
     handle = driver.value("kept", 8)
     assert isinstance(handle.kept, ArrayRef) and handle.kept.size_bytes == 8192
