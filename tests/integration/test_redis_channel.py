@@ -274,18 +274,16 @@ def test_a_queue_cancelled_meanwhile_gets_its_messages_back(server, desk):
 @pytest.mark.parametrize("how", ["script", "brpop"])
 def test_a_large_message_of_a_cancelled_queue_goes_back_whole(server, desk, how):
     """kombu reads what nobody consumes on the connection's first channel, which is not the consuming one."""
-    one = desk(is_second=True)
+    one = desk(is_second=True, polling_interval=10)
     if how == "brpop":
         one.channel._refused_until = time.monotonic() + 1000
-    one.drain()
     wait_for(lambda: not one.turn() and one.channel._in_poll, "it to ask")
-    if how == "script":
-        one.channel.brpop_timeout = 1000
     large = "x" * READ_BYTES
     publish(server.url, [large])
     if how == "script":
         one.channel._brpop_start()
         wait_for(lambda: noted(server.client), "Redis to have answered")
+    assert server.client.llen("q") == 0
     one.consumer.cancel()
     wait_for(lambda: one.turn() or server.client.llen("q"), "it to go back")
     assert (one.received, noted(server.client)) == ([], {})
