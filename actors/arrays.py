@@ -17,10 +17,10 @@ import numpy
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
+from actors import lists
+from actors.lists import KINDS
 from actors.unopened import Unopened
 
-#: What arrays in messages may hold: numbers and truth values. Objects would run code when they are read.
-KINDS = "biufc"
 #: Dimensions of one array, at most (NumPy's own bound is 64).
 MOST_DIMENSIONS = 32
 
@@ -83,7 +83,7 @@ class Inline(_Form):
             data = base64.b64decode(self.data, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"data is not base64: {error}") from None
-        return read_npy(data)
+        return read_npy(bytearray(data))  # of bytes it would be read-only
 
 
 class Described(_Form):
@@ -133,7 +133,8 @@ def as_form(value: Any) -> Any:
     """
     if not isinstance(value, dict):
         return value
-    form = _FORMS.get(value.get("kind", ""))
+    kind = value.get("kind")
+    form = _FORMS.get(kind) if isinstance(kind, str) else None
     if form is None:
         raise ValueError(f"an object that is neither array nor file: its kind must be one of {', '.join(_FORMS)}")
     try:
@@ -248,7 +249,7 @@ class ArraySpec(NamedTuple):
         from actors.device import to_device
 
         array = self._checked_values(source.get()) if isinstance(source, Described) else source
-        return self.cast(to_device(array))
+        return _writable(self.cast(to_device(array)))
 
     def cast(self, array: Any) -> Any:
         """A device array in the dtype that was asked for."""
@@ -274,24 +275,17 @@ class ArraySpec(NamedTuple):
         Raises:
             Mismatch: as `validate`.
         """
+        wanted = None if self.dtype is None else _dtype(self.dtype)
         try:
-            array = numpy.asarray(values)
-        except ValueError:
-            raise Mismatch(f"expected {self}, found a list whose rows have different lengths") from None
-        if array.dtype.kind not in KINDS:
-            raise Mismatch(f"expected {self}, found a list with an element that is no number")
-        if array.size and self.dtype is not None and not numpy.can_cast(array.dtype, _dtype(self.dtype), "same_kind"):
-            raise Mismatch(f"expected {self}, found a list of {array.dtype.name}")
+            array = lists.array_of_numbers(values, wanted)
+        except ValueError as error:
+            raise Mismatch(f"expected {self}, found {error}") from None
         if not self._fits(array.shape):
             raise Mismatch(f"expected {self}, found a list of shape {_shown(array.shape)}")
-        if self.dtype is None:
-            return array
-        wanted = _dtype(self.dtype)
-        if wanted.kind in "iu" and array.size and array.dtype != wanted:
-            bounds = numpy.iinfo(wanted)
-            if array.min() < bounds.min or array.max() > bounds.max:
-                raise Mismatch(f"expected {self}, found a number beyond {bounds.min} to {bounds.max}")
-        return array.astype(wanted, copy=False)
+        try:
+            return array if wanted is None else lists.cast(array, wanted)
+        except ValueError as error:
+            raise Mismatch(f"expected {self}, found {error}") from None
 
     def _checked_values(self, array: Any) -> Any:
         if self.finite and isinstance(array, numpy.ndarray) and array.dtype.kind in "fc":
@@ -354,6 +348,11 @@ class Array:
 # ---- small things
 
 
+def _writable(array: Any) -> Any:
+    """An array that a body may write into: what a pickle's buffers hold is read-only."""
+    return array.copy() if isinstance(array, numpy.ndarray) and not array.flags.writeable else array
+
+
 def _serialized(value: Any) -> Any:
     return (
         value if isinstance(value, _Form) else numpy.asarray(value.get() if hasattr(value, "get") else value).tolist()
@@ -363,7 +362,7 @@ def _serialized(value: Any) -> Any:
 def _dtype(text: Any) -> "numpy.dtype[Any]":
     try:
         dtype: numpy.dtype[Any] = numpy.dtype(text)
-    except TypeError:
+    except Exception:  # a comma, for example, is a SyntaxError
         raise ValueError(f"{str(text)[:50]!r} is no dtype; write one such as 'float64' or '<f8'") from None
     if dtype.kind not in KINDS:
         raise ValueError(f"arrays of {dtype} are not accepted, only numbers and truth values")

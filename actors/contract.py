@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 6
+PROTOCOL = 7
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -99,6 +99,7 @@ class Succeeded(NamedTuple):
     batch: int  # tasks that shared this run of the body
     logs: tuple[LogLine, ...] = ()
     wishes: bytes = b""
+    made: bytes = b""  # pickled handles and references made for the value: if nobody wants it, they are deleted
 
 
 class Failed(NamedTuple):

@@ -84,6 +84,7 @@ class DeviceResults:
         """
         if array_bytes(array) > 2 * max(int(array.nbytes), _POOL_BYTES):
             array = array.copy()
+            current_device().synchronize()  # or a body on another stream could read what is not written yet
         name, kept = secrets.token_hex(16), _Kept(array, _taken(array), time.monotonic() + keep_s)
         with self._lock:
             self._device.add(name, kept)
@@ -118,6 +119,7 @@ class DeviceResults:
             if kept is None:
                 raise lost(self._why_gone.get(name, "nobody knows it here any more"))
             array = current_device().to_device(kept.array)
+            current_device().synchronize()  # the copy goes on, and the next to ask may be on another stream
             self._host.take(name)
             self._device.add(name, _Kept(array, _taken(array), kept.expires_at))
             self._touched.add(name)

@@ -20,9 +20,9 @@ def add_errands(app: Any) -> None:
 
 
 def export(array: Array, inline_bytes: int = 0) -> dict[str, Any]:
-    """JSON of an envelope with an array of up to so many bytes, of a reference to a larger one."""
+    """JSON of an envelope with an array of up to so many bytes, of a reference to a larger one; 0: always of one."""
     host = to_host(array)
-    form = Inline.of(host) if host.nbytes <= inline_bytes else opening.current().stores.put(host)
+    form = Inline.of(host) if inline_bytes and host.nbytes <= inline_bytes else opening.current().stores.put(host)
     return form.model_dump(mode="json")
 
 

@@ -56,7 +56,12 @@ def _shape(parsed: Any, data: bytes) -> tuple[int, ...] | None:
         shape.append(len(level))
         level = level[0]
     if len(shape) == 1:
-        return (shape[0],) if data.count(b"[") == 1 else None
+        return (-1,) if data.count(b"[") == 1 else None  # simdjson counts no further than 2**24
+    size = 0
+    for length in reversed(shape):
+        size = length * (size + 1) + 1  # each with a comma or, the last one, a bracket
+        if size > len(data):  # a long row, then short ones: what is wanted is never longer than what there is
+            return None
     wanted = b""
     for length in reversed(shape):
         wanted = b"[" + b",".join([wanted] * length) + b"]"

@@ -5,6 +5,7 @@ whose arguments were found to hold an array when they were unpickled pay anythin
 """
 
 import inspect
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from actors import device_results
 from actors.arrays import ArrayRef, ArraySpec
+from actors.blobs import BlobRef
 from actors.contract import Config
 from actors.device import is_device_array
 from actors.device_api import Device
@@ -36,6 +38,7 @@ class Opener:
         self._keep_s = config.keep_s
         self._copy_keep_s = max(config.keep_s, config.stores.keep_s)
         self._kept: list[str] = []  # ids of what stays of the last value
+        self._made: list[DeviceArray | ArrayRef | BlobRef] = []  # what stands in it in the place of arrays and bytes
 
     def opening(self, task: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call` with its arguments opened first. It raises PayloadInvalid or DataError where one cannot be."""
@@ -80,7 +83,8 @@ class Opener:
             except ValueError as error:
                 raise PayloadInvalid(name, [problem(field, str(error), value.source)]) from None
         if isinstance(value, list | tuple):
-            return type(value)([self._opened(name, f"{field}.{n}", each) for n, each in enumerate(value)])
+            make = getattr(value, "_make", type(value))  # a NamedTuple takes its fields one by one
+            return make([self._opened(name, f"{field}.{n}", each) for n, each in enumerate(value)])
         if isinstance(value, dict):
             return {key: self._opened(name, f"{field}.{key}", each) for key, each in value.items()}
         if isinstance(value, BaseModel):
@@ -119,6 +123,8 @@ class Opener:
 
     def sendable(self, task: "LoadedTask", value: Any, stays: bool, context: dict[str, Any]) -> Any:
         """A result as its task's mark says: its arrays stay here if they may, or go to the store, or neither."""
+        self._kept.clear()
+        self._made.clear()
         if task.result == "device" and stays:
             info = context.get("delivery_info") or {}
             route = str(info.get("exchange") or ""), str(info.get("routing_key") or "")
@@ -131,7 +137,7 @@ class Opener:
         Raises:
             DataRefused, StoreUnavailable: as their docstrings say.
         """
-        return _with_arrays(value, self._stored, self.stores.put_bytes)
+        return _with_arrays(value, self._stored, self._stored_bytes)
 
     def kept(self, value: Any, with_copy: bool, route: tuple[str, str]) -> Any:
         """`value` with a handle in the place of each array, all of which stay on the device; `route` leads back here.
@@ -140,17 +146,19 @@ class Opener:
             DataRefused, StoreUnavailable: a copy could not be put; then nothing stays.
         """
         results = device_results.shared
-        self._kept.clear()
 
         def keep(array: Any) -> DeviceArray:
             array = self._device.to_device(array)
-            copy = self.stores.put(self._device.to_host(array), self._copy_keep_s) if with_copy else None
+            self._device.synchronize()  # the next body may be on another stream
             name = results.put(array, self._keep_s)
             self._kept.append(name)
-            return DeviceArray(
+            copy = self.stores.put(self._device.to_host(array), self._copy_keep_s) if with_copy else None
+            handle = DeviceArray(
                 id=name, actor=self._actor, executor=results.executor, dtype=array.dtype.str, shape=array.shape,
                 size_bytes=array.nbytes, expires_at=time.time() + self._keep_s, kept=copy, route=route,
             )  # fmt: skip
+            self._made.append(handle)
+            return handle
 
         return _with_arrays(value, keep, bytes)  # bytes were never on a device
 
@@ -158,9 +166,21 @@ class Opener:
         """The last value cannot be sent: nothing of it stays."""
         device_results.shared.drop(self._kept)
         self._kept.clear()
+        self._made.clear()
+
+    def made(self) -> bytes:
+        """Handles and references made for the last value, pickled; not those that the body was given."""
+        return pickle.dumps(self._made, 5) if self._made else b""
 
     def _stored(self, array: Any) -> ArrayRef:
-        return self.stores.put(self._device.to_host(array))
+        ref = self.stores.put(self._device.to_host(array))
+        self._made.append(ref)
+        return ref
+
+    def _stored_bytes(self, data: bytes) -> BlobRef:
+        ref = self.stores.put_bytes(data)
+        self._made.append(ref)
+        return ref
 
 
 def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
@@ -172,7 +192,9 @@ def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[
         return convert(value) if getattr(value, "ndim", 0) else value
     if isinstance(value, bytes):
         return of_bytes(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):  # a NamedTuple becomes a plain one, as in `outcomes.plain`
+        return tuple(_with_arrays(each, convert, of_bytes) for each in value)
+    if isinstance(value, list):
         return type(value)([_with_arrays(each, convert, of_bytes) for each in value])
     if isinstance(value, dict):
         return {key: _with_arrays(each, convert, of_bytes) for key, each in value.items()}

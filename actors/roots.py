@@ -28,6 +28,8 @@ def allowed_place(url: str, roots: list[str]) -> str:
         parts = urlsplit(url)
     except ValueError:
         raise refused from None
+    if url != url.strip() or not url.startswith(f"{parts.scheme}:"):  # what is read otherwise than it is written
+        raise refused
     plain = posixpath.normpath(parts.path)
     if parts.scheme == "file":
         plain = os.path.realpath(parts.path)

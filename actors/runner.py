@@ -41,6 +41,11 @@ from actors.release import LoadedTask, connection_closer, load_tasks
 from actors.sizes import readable
 from actors.wishes import Wishes
 
+#: What to do about a result that there is no room for.
+TOO_FULL = (
+    "no room for the result of the body, also after others have made room: return less at once, let it go to the store "
+    'with Gpu(result="ref"), or lower BRIDGE_RESIDENT_LIMIT'
+)
 #: Characters of the error that broke a device which its actor keeps.
 BROKEN_LIMIT = 500
 
@@ -349,20 +354,38 @@ class Runner:
                 failed = failed._replace(message=failed.message + self._how_full())
             return failed._replace(logs=logs, wishes=wishes)
         try:
-            value = self._opener.sendable(loaded, result.value, item.stays, item.context)
-            value = pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
+            value = self._sendable(item, loaded, result)
         except DataError as error:  # the store has not taken it: the task's own error, by which it may be sent again
             self._opener.undo()
             failed = outcomes.failure(token, error, Runner._enter_body.__code__, False, result.run_s)
             return failed._replace(logs=logs, wishes=wishes)
         except Exception as error:
             self._opener.undo()
+            if self._is_short_of_memory(error):
+                failed = outcomes.failure(token, error, Runner._enter_body.__code__, True, result.run_s)
+                message = f"{failed.message}; {TOO_FULL}{self._how_full()}"
+                return failed._replace(message=message, logs=logs, wishes=wishes)
             message = f"{type(result.value).__name__}: {error}"[: outcomes.TEXT_LIMIT]
             return Failed(
                 token, FailureKind.NOT_SENDABLE, type(error).__name__, message, run_s=result.run_s, logs=logs,
                 wishes=wishes,
             )  # fmt: skip
-        return Succeeded(token, value, result.run_s, batch, logs, wishes)
+        return Succeeded(token, value, result.run_s, batch, logs, wishes, self._opener.made())
+
+    def _sendable(self, item: "_Item", loaded: LoadedTask, result: "_Result") -> bytes:
+        """A value as it travels; on a device that is too full to keep or copy it, room is made, once."""
+        try:
+            return self._pickled(item, loaded, result.value)
+        except Exception as error:
+            if isinstance(error, DataError) or not self._is_short_of_memory(error):
+                raise
+        self._opener.undo()
+        self._make_room(result.used)
+        return self._pickled(item, loaded, result.value)
+
+    def _pickled(self, item: "_Item", loaded: LoadedTask, value: Any) -> bytes:
+        value = self._opener.sendable(loaded, value, item.stays, item.context)
+        return pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
 
 
 class _Item(NamedTuple):

@@ -7,6 +7,7 @@ its own configuration. What is written in Redis expires; so does nothing in a fi
 
 import importlib
 import posixpath
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -121,6 +122,10 @@ class RedisStore:
         return [f"{self._prefix}{KEY}{name}-{number}" for number in range(count)]
 
 
+#: The name of what `RootedStore.write` makes.
+_IS_OURS = re.compile(r"[0-9a-f]{32}")
+
+
 class RootedStore:
     """Data below allowed roots: on web servers, and in whatever fsspec opens: files, S3 and others.
 
@@ -151,8 +156,8 @@ class RootedStore:
 
     def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """As `Store.read`."""
-        if url.startswith(("http://", "https://")):
-            place = allowed_place(url, self._roots)
+        place = allowed_place(url, self._roots)
+        if place.startswith(("http://", "https://")):  # never through fsspec, which follows redirects anywhere
             yield from fetch(place, most_bytes if size_bytes is None else size_bytes, self._timeout_s)
             return
         system, path = self._opened(url, self._roots)
@@ -169,6 +174,8 @@ class RootedStore:
     def delete(self, url: str, size_bytes: int | None) -> None:
         """As `Store.delete`."""
         system, path = self._opened(url, [self.home] if self.home else [])
+        if not _IS_OURS.fullmatch(url.removeprefix(self.home)):
+            raise DataRefused("only what `put` has made is deleted")
         with _answers(url):
             if system.exists(path):
                 system.rm_file(path)

@@ -27,6 +27,11 @@ def use_token() -> str:
     return source
 
 
+def lacks_token(source: str) -> bool:
+    """Whether Ray is told to use a token and there is none; `source` as `use_token` returns it."""
+    return not source and os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
 def exposed(source: str) -> bool:
     """Whether other users of this machine may read the token; `source` as `use_token` returns it."""
     path = Path(source).expanduser()

@@ -12,7 +12,7 @@ import ray.exceptions
 
 from actors.contract import Config, Health
 from actors.trial import Trial, try_executor
-from bridge.auth import TOKEN_FILE, exposed, is_unreadable, use_token
+from bridge.auth import TOKEN_FILE, exposed, is_unreadable, lacks_token, use_token
 from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError, as_text
 from bridge.places import Node, nodes
 
@@ -59,7 +59,8 @@ def connect(address: str, namespace: str, patience_s: float) -> Connected:
     token = use_token()
     deadline = time.monotonic() + patience_s
     while True:
-        if is_unreadable(token) or is_refused(address):  # Ray itself asks for twenty seconds, and then does not say why
+        # Ray itself asks for twenty seconds and does not say why; told to use a token, it ends a process without one.
+        if is_unreadable(token) or lacks_token(token) or is_refused(address):
             raise _auth_failed(address, token)
         try:
             _init(address, namespace)

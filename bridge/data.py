@@ -26,6 +26,7 @@ from actors.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
 from actors.blobs import Blob, BlobRef, BlobSpec, InlineBytes
 from actors.errands import DELETE, EXPORT
 from actors.handles import DeviceArray
+from actors.lists import KINDS
 from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
 from bridge.errors import HandleLost
@@ -109,7 +110,7 @@ async def aget(ref: Any) -> Any:
 
 def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> ArrayRef:
     array = numpy.asarray(array)
-    if array.dtype.kind not in arrays.KINDS:
+    if array.dtype.kind not in KINDS:
         raise ValueError(f"only arrays of numbers travel by reference, not of {array.dtype}")
     return stores.put(array, keep_s, once)
 
@@ -169,7 +170,9 @@ def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options:
 def _encoded(value: Any) -> Any:
     """JSON of an array, or of a form."""
     if isinstance(value, numpy.ndarray):
-        value = Inline.of(value) if value.nbytes <= settings().data_inline_bytes else put(value)
+        # What a body asks Celery to send, the driver sends: it must not wait for a store.
+        is_inline = arrays.passes_on or value.nbytes <= settings().data_inline_bytes
+        value = Inline.of(value) if is_inline else put(value)
     return value.model_dump(mode="json")
 
 

@@ -15,7 +15,6 @@ import sys
 import time
 import uuid
 from collections import deque
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -58,7 +57,7 @@ from bridge.errors import (
     StartupError,
     TaskPoisoned,
 )
-from bridge.handles import HOLDER_WAIT_S, Plan, handles_in, handles_of, plan
+from bridge.handles import HOLDER_WAIT_S, Plan, handles_of, plan
 from bridge.head import outlast
 from bridge.ledger import Answered, Ledger
 from bridge.lines import ANY, TaskRule
@@ -228,9 +227,7 @@ class Driver:
                         self._send(messages.Ended(serial, einfo(error)))
                 case messages.Cancel(serial, signum):
                     if serial in self._tasks:
-                        self._tasks[serial].cancelled = True
-                        self._tasks[serial].how = _BY_SIGNAL.get(signum, Reason.CANCEL)
-                        self._events.append(TaskCancelled(self._tasks[serial].token))
+                        self._cancel(self._tasks[serial], _BY_SIGNAL.get(signum, Reason.CANCEL))
                 case messages.Withdraw(serial):
                     if serial in self._tasks:
                         self._give_back(self._tasks[serial])
@@ -363,7 +360,7 @@ class Driver:
                 lambda actor: wanted in ("", self._roster.accelerator(actor, wanted)),
             )
         if task.plan.elsewhere and not task.refs:
-            task.alone = alone
+            task.alone, task.fetches = alone, True
             self._errands.fetch(task.plan.elsewhere, partial(self._go_on_with, task))
             return
         priority = _number((task.run.request.get("delivery_info") or {}).get("priority"))
@@ -372,11 +369,9 @@ class Driver:
 
     def _go_on_with(self, task: TracedTask, refs: dict[str, ArrayRef], error: BridgeError | None) -> None:
         """What other actors hold for a task is where it can be read, or not all of it."""
-        task.refs = refs
+        task.refs, task.fetches = refs, False
         if self._tasks.get(task.run.serial) is not task:
             self._discard_refs(task)  # answered meanwhile
-        elif task.cancelled:
-            self._end(task, einfo(Terminated(signal.SIGTERM)))
         elif error is not None:
             self._refuse(task, error)
         else:
@@ -421,6 +416,14 @@ class Driver:
             self._send(messages.Returned(task.run.serial))
         task.alone = task.alone or alone
         self._wait(task, task.alone)
+
+    def _cancel(self, task: TracedTask, how: Reason) -> None:
+        """The worker has given it up."""
+        task.cancelled, task.how = True, how
+        if task.fetches:  # what comes for it later is deleted
+            self._end(task, einfo(Terminated(signal.SIGTERM)))
+        else:
+            self._events.append(TaskCancelled(task.token))
 
     def _cancel_quietly(self, token: str) -> None:
         """Take a waiting task from the scheduler; whoever does this answers for the task."""
@@ -581,22 +584,24 @@ class Driver:
         ran = isinstance(outcome, Succeeded) or outcome.kind in (FailureKind.RAISED, FailureKind.RETRY)
         self._events.append(TaskFinished(outcome.token, outcome.run_s if ran else None))
         if task is None:
-            self._take_unasked(outcome)
+            self._take_unasked(actor, outcome)
         elif isinstance(outcome, Succeeded):
             self._blame.acquit(task)
             self._finished.append((task, outcome))
         else:
             self._judge(task, actor, outcome)
 
-    def _take_unasked(self, outcome: Outcome) -> None:
+    def _take_unasked(self, actor: int, outcome: Outcome) -> None:
         """An outcome no message waits for: of an errand, or of a task that was given up; then nothing of it stays."""
         if outcome.token in self._errands:
+            if isinstance(outcome, Failed) and outcome.kind is FailureKind.LOST and actor in self._roster.ready:
+                self._lose_actor(actor, outcome.message)  # it is asked again after its next beat
             self._errands.take(outcome)
-        elif isinstance(outcome, Succeeded) and DeviceArray.__name__.encode() in outcome.value:
-            with suppress(Exception):  # of the user's classes, which nobody needs any more
-                handles = handles_in(pickle.loads(outcome.value))
-                self._errands.delete(handles)
-                self._ledger.discard([handle.kept for handle in handles if handle.kept is not None])
+        elif isinstance(outcome, Succeeded) and outcome.made:
+            made = pickle.loads(outcome.made)
+            self._errands.delete(each for each in made if isinstance(each, DeviceArray))
+            refs = [each.kept if isinstance(each, DeviceArray) else each for each in made]
+            self._ledger.discard([ref for ref in refs if ref is not None])
 
     def _judge(self, task: TracedTask, actor: int, outcome: Failed) -> None:
         """A failure: count it, then `_decide`."""

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from actors.arrays import ArrayRef, ArraySpec
-from actors.contract import Failed, Outcome, TaskCall
+from actors.contract import Failed, FailureKind, Outcome, TaskCall
 from actors.device_results import lost
 from actors.errands import DELETE, EXPORT
 from actors.handles import DeviceArray
 from actors.unopened import Unopened
 from bridge.errors import BridgeError
 from bridge.orders import Event, TaskWaiting
+from bridge.verdicts import MAX_LOSSES
 
 #: Why what an actor held counts as lost.
 NOT_HEARD_OF = "its actor takes no calls"
@@ -23,6 +24,9 @@ ENDED = "the process that held it (its executor) has ended"
 
 #: Their rank in the queue: a task waits for each, and each is short.
 _FIRST = -1000
+
+#: It has not started, and what it is for may still be there: it waits again, as tasks do.
+_NOT_STARTED = (FailureKind.HELD_UP, FailureKind.LOST, FailureKind.NO_ROOM)
 
 #: Takes references by id of their handles, and the first error if not all could be fetched.
 Then = Callable[[dict[str, ArrayRef], BridgeError | None], None]
@@ -33,6 +37,7 @@ class _Errand(NamedTuple):
     actor: int
     executor: str
     then: Callable[[ArrayRef | BridgeError], None]
+    losses: int = 0  # times it came back without having started
 
 
 class Errands:
@@ -86,12 +91,18 @@ class Errands:
         self._tell(TaskWaiting(token, errand.call.name, _FIRST, actor=errand.actor))
 
     def take(self, outcome: Outcome) -> None:
-        """One has ended."""
-        errand = self._under_way.pop(outcome.token)
+        """One has ended, or has to wait again."""
+        errand = self._under_way[outcome.token]
+        if isinstance(outcome, Failed) and outcome.kind in _NOT_STARTED and errand.losses < MAX_LOSSES:
+            counts = outcome.kind is not FailureKind.HELD_UP  # who is behind a slow task gets on
+            self._under_way[outcome.token] = errand._replace(losses=errand.losses + counts)
+            self.wait(outcome.token)
+            return
+        del self._under_way[outcome.token]
         if isinstance(outcome, Failed):
             errand.then(_error_of(outcome))
         elif errand.call.name == EXPORT:
-            errand.then(ArrayRef.model_validate(pickle.loads(outcome.value)))
+            errand.then(_ref_in(outcome.value))
 
     def lose(self, token: str, why: str) -> None:
         """Its actor is not there any more, or not for now."""
@@ -103,6 +114,13 @@ class Errands:
         payload = pickle.dumps(((argument,), {}, context), 5)
         self._under_way[token] = _Errand(TaskCall(token, name, payload, None, None), of.actor, of.executor, then)
         self.wait(token)
+
+
+def _ref_in(value: bytes) -> ArrayRef | BridgeError:
+    try:
+        return ArrayRef.model_validate(pickle.loads(value))
+    except Exception as error:  # it must cost only the task that waits for it
+        return lost(f"its actor has sent something else than a reference ({type(error).__name__})")
 
 
 def _error_of(failed: Failed) -> BridgeError:

@@ -8,13 +8,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from actors.arrays import ArrayRef
 from actors.shared_redis import shared_redis, uses_redis
-from actors.stores import Stores
+from actors.stores import Ref, Stores
 from bridge.dead_letters import Bounds, Crash, DeadLetters, Letter
+from bridge.discards import Discards
 from bridge.errors import as_text
 from bridge.settings import Settings
 
@@ -40,7 +40,7 @@ class Ledger:
         self._app, self._namespace, self._notify = app, namespace, notify
         self._bounds = bounds_of(settings)
         self._store: DeadLetters | None = None
-        self._stores = Stores(app, settings.stores)
+        self._discards = Discards(Stores(app, settings.stores).delete)
         self._away_until = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._looks: list[tuple[str, Then]] = []  # redelivered tasks nobody has asked about yet
@@ -70,17 +70,9 @@ class Ledger:
         """Keep a dead letter; asked also when Redis has just been away."""
         self._ask(f"the dead letter of {letter.id}", lambda store: store.keep(letter), then, always=True)
 
-    def discard(self, refs: list[ArrayRef]) -> None:
-        """Delete data by reference whose task has ended; what is not reached now expires."""
-
-        def delete() -> None:
-            try:
-                for ref in refs:
-                    self._stores.delete(ref)
-            except Exception as error:
-                logger.warning("data of a task that has ended could not be deleted: %s", as_text(error))
-
-        self._do(delete)
+    def discard(self, refs: Sequence[Ref]) -> None:
+        """Delete data by reference whose task has ended; see `Discards`."""
+        self._discards.add(refs)
 
     # ---- on the thread
 

@@ -54,6 +54,7 @@ class TracedTask:
         "cancelled",
         "checks",
         "crashes",
+        "fetches",
         "how",
         "losses",
         "once",
@@ -84,6 +85,7 @@ class TracedTask:
         self.once: list[ArrayRef] = []  # what is deleted when it has ended
         self.plan: Plan | None = None  # where it runs, once its message has been looked at for handles
         self.refs: dict[str, ArrayRef] = {}  # arrays of other actors that were fetched for it, by id of their handles
+        self.fetches = False  # arrays of other actors are under way for it: the scheduler does not know it yet
         self.stays = False  # arrays in its result may stay on the device
         self.crashes: dict[str, Crash] = {}  # by execution; with those that earlier drivers have noted
         self.told: deque[bytes] = deque(maxlen=LAST_WORDS)  # news of its body that may hold its last words
@@ -179,6 +181,7 @@ class Tracing:
             raise _final(celery_task, tracer.refusal)
         task = tracer.task
         task.once = arrays.seen_once.copy()
+        arrays.seen_once.clear()  # or the next task, should nobody check it, would delete them
         request = vars(celery_task.request)
         task.stays = name in self._staying and may_stay(request, self._marks)
         task.payload = _payload(args, kwargs, request, task)
@@ -207,6 +210,7 @@ class Tracing:
             if isinstance(body, Texts):
                 stays = may_stay_closed(self._tasks[run.task])
                 body, content_type = (body.values(), None) if stays else (body.joined(), content_type)
+            arrays.seen_once.clear()  # of a task whose check has failed
             result = fast_trace_task(run.task, run.id, run.request, body, content_type, run.content_encoding)
         except greenlet.GreenletExit:
             return  # ended from outside, and answered there
@@ -300,7 +304,6 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
     """Check outside of what Celery wraps around the body, so that autoretry does not retry what can never fit."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        arrays.seen_once.clear()
         tracer = greenlet.getcurrent()
         if isinstance(tracer, _Tracer) and closed.is_closed(args, kwargs):
             tracer.checks_there = True

@@ -34,6 +34,13 @@ def clean_environment(tmp_path_factory):
     os.environ["BRIDGE_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))  # no worker of another run is asked
 
 
+@pytest.fixture(autouse=True)
+def no_token_mode_stays():
+    """A test that joins a cluster in this process turns tokens on for it; a worker of the next may have none."""
+    yield
+    os.environ.pop("RAY_AUTH_MODE", None)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_worker_stays():
     """A test that fails may leave its worker behind, which would load the machine under all that follow."""

@@ -65,6 +65,8 @@ def test_a_cluster_with_a_token_lets_in_who_has_it_and_tells_others(cluster, env
     assert found.stop() == 0
     code, said, output = run("-A", "tests.apps.shop:app", env=base)
     assert code == 69 and "no token was found" in the_line(said, output)
+    code, said, output = run("-A", "tests.apps.shop:app", env={**base, "RAY_AUTH_MODE": "token"})
+    assert code == 69 and "no token was found" in the_line(said, output), "Ray would end the process here"
     code, said, output = run("-A", "tests.apps.shop:app", env={**base, "RAY_AUTH_TOKEN": "f" * 64})
     assert code == 69 and "RAY_AUTH_TOKEN was refused" in the_line(said, output)
     assert secret not in output and "f" * 64 not in output

@@ -264,3 +264,20 @@ def test_the_worker_and_the_driver_touch_no_bytes(app, send, worker):
     for _ in range(3):
         send("total", data.put(numpy.ones(4 << 20))).get(**GET)  # 32 MiB
     assert peak() - before < 16 << 10
+
+
+def test_once_costs_no_other_task_its_data(app, send, redis_server):
+    """A task whose arguments nobody checks must not take over what the one before it has."""
+    keep = data.put(numpy.ones(10), once=True)
+    waiting = send("again", keep, 1.0)
+    wait_for(lambda: waiting.state == "RETRY", "its retry to be sent")
+    mapped = app.tasks["tests.apps.data.total"].map([[1.0], [2.0]]).apply_async()
+    assert mapped.get(**GET) == [1.0, 2.0]
+    assert waiting.get(**GET) == 10
+
+
+def test_what_a_body_asks_celery_to_send_travels_inside(send, redis_server):
+    """The driver sends it, and must not wait for a store."""
+    before = set(keys(redis_server))
+    assert send("doubles_again", 20_000).get(**GET) == 40_000
+    assert set(keys(redis_server)) == before

@@ -185,6 +185,12 @@ def test_a_chord_of_arrays_on_two_actors_runs_where_most_bytes_are(s, two, actor
     wait_for(lambda: keys(redis_server) == before, "what was fetched for it to be deleted")
 
 
+def test_an_empty_array_of_another_actor_comes_too(s, two, redis_server):
+    before = keys(redis_server)
+    assert s.joined(two(0, 7)).delay().get(**GET)[1] == [0.0, 49.0]
+    wait_for(lambda: keys(redis_server) == before, "what was fetched for it to be deleted")
+
+
 def test_batched_tasks_take_and_give_handles(s, two, redis_server):
     before = keys(redis_server)
     a, b = two(100, 200)
@@ -280,9 +286,10 @@ def test_a_handle_that_is_not_good_fails_its_task_alone(s, fields, error, text):
     assert s.place(handle).delay().get(**GET)[2] == 50
 
 
-def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path):
-    """Neither one that runs, nor one that waits with what was fetched for it."""
+def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path, app):
+    """Neither one that runs, nor one that waits with what was fetched for it or until it is."""
     small, large = two(10, 20)
+    more = [s.doubled(small).delay().get(**GET) for _ in range(2)]
 
     def counts():
         return [s.tells(handle).delay().get(**GET)["arrays"] for handle in (small, large)], keys(redis_server)
@@ -292,6 +299,12 @@ def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path):
     wait_for((tmp_path / "started").exists, "its start")
     waiting = s.joined([small, large]).delay()
     wait_for(lambda: keys(redis_server) != before[1], "the small one to be fetched")
+    fetching = s.joined([large, small, *more]).delay()  # runs where the small ones are
+    wait_for(lambda: fetching.id in {each["id"] for each in inspected(app, NAME, "reserved")}, "it to be taken")
+    fetching.revoke()
+    with pytest.raises(TaskRevokedError):
+        fetching.get(**GET)  # while the large one's actor is busy
+    assert running.state == "PENDING"
     waiting.revoke()
     running.revoke(terminate=True)
     for result in (waiting, running):

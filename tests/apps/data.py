@@ -76,9 +76,9 @@ def on_cpu(values) -> list:
 
 
 @app.task(gpu=True, bind=True, max_retries=1)
-def again(self, values: Floats) -> float:
+def again(self, values: Floats, countdown: float = 0.0) -> float:
     if not self.request.retries:
-        raise self.retry(countdown=0)
+        raise self.retry(countdown=countdown)
     return float(values.sum())
 
 
@@ -96,3 +96,10 @@ def retries_all(values: Floats) -> float:
 def slow(values: Floats, seconds: float = 0.0) -> float:
     time.sleep(seconds)
     return float(values.sum())
+
+
+@app.task(gpu=True, bind=True, max_retries=1)
+def doubles_again(self, values: object) -> float:
+    if isinstance(values, int):
+        raise self.retry(args=(numpy.full(values, 2.0),), countdown=0)
+    return float(numpy.asarray(values).sum())

@@ -71,6 +71,34 @@ def test_what_another_stream_still_writes_is_complete_on_the_host(gpu, results):
     assert host.min() == host.max() == 50
 
 
+def test_what_comes_back_on_one_stream_is_complete_for_another(gpu, results):
+    """Bodies of `Gpu(streams=2)`: the first fetches a spilled array, the second takes it from the device at once."""
+    first, second = gpu.streams(2)
+    for value in range(5):
+        name = results.put(gpu.xp.full(64 * MIB, float(value)), 60)
+        results.forget_touched()
+        results.spill()
+        with first:
+            results.get(name, results.executor)
+        with second:
+            array = results.get(name, results.executor)
+            assert float(array.min()) == float(array.max()) == value
+        del array
+        results.drop([name])
+
+
+def test_a_copy_of_a_row_made_on_one_stream_is_complete_for_another(gpu, results):
+    first, second = gpu.streams(2)
+    with first:
+        batch = gpu.xp.zeros((4, 32 * MIB))
+        for _ in range(20):
+            batch += 1
+        name = results.put(batch[3], 60)
+    with second:
+        array = results.get(name, results.executor)
+        assert array.base is None and float(array.min()) == float(array.max()) == 20
+
+
 def test_a_row_of_a_batch_is_held_as_a_copy(gpu, results):
     batch = gpu.xp.zeros((64, MIB))
     names = [results.put(row, 60) for row in batch[:2]]

@@ -151,6 +151,7 @@ def test_last_words_are_the_end_of_what_was_logged():
 
 @pytest.fixture
 def app(redis_server):
+    redis_server.client.flushdb()  # other modules of this session have used the same names for queues
     app = Celery("replays", broker=redis_server.url, backend=redis_server.url, set_as_current=False)
     yield app
     app.close()

@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from actors.arrays import ArrayRef, ArraySpec
-from actors.contract import FailureKind
+from actors.contract import FailureKind, StoreConfig
 from actors.errands import DELETE, EXPORT
 from actors.errors import HandleLost, StoreUnavailable
 from actors.handles import DeviceArray
@@ -19,6 +19,7 @@ APP = """
 import numpy
 from celery import Celery
 from actors import device_results
+from actors.device import current_device
 from bridge import Gpu
 
 app = Celery("staying", broker="memory://")
@@ -35,8 +36,31 @@ def kept(kib): return numpy.ones(kib * KIB // 8)
 @app.task(name="d.half_sendable", gpu=Gpu(result="device"))
 def half_sendable(): return [numpy.ones(10), lambda: None]
 
+@app.task(name="d.too_much", gpu=Gpu(result="device"))
+def too_much(also_alone):
+    "The device, from now on, is full for what is to be put on it, while it has results or whatever it has."
+    device = current_device()
+    def to_device(array):
+        if also_alone or device_results.shared.holdings().device_bytes:
+            raise MemoryError("out of memory")
+        return array
+    device.to_device = to_device
+    return numpy.ones(1000)
+
+@app.task(name="d.stored", gpu=Gpu(result="ref"))
+def stored(given): return [numpy.ones(3), b"bytes", given]
+
 @app.task(name="d.scalars", gpu=Gpu(result="device"))
 def scalars(): return {"mean": numpy.float64(0.5), "empty": numpy.zeros((0, 3)), "point": numpy.array(2.0)}
+
+@app.task(name="d.eigh", gpu=Gpu(result="device"))
+def eigh(): return numpy.linalg.eigh(numpy.eye(2))
+
+@app.task(name="d.eigh_by_reference", gpu=Gpu(result="ref"))
+def eigh_by_reference(): return [numpy.linalg.eigh(numpy.eye(2))]
+
+@app.task(name="d.values_of", gpu=True)
+def values_of(pair): return type(pair).__name__, pair.eigenvalues.sum() + pair.eigenvectors.sum()
 
 @app.task(name="d.where", gpu=True)
 def where(values): return values.__array_interface__["data"][0], float(values.sum())
@@ -54,10 +78,8 @@ def short_once(values, path):
         raise MemoryError("no room")
     return held
 """
-TASKS = [
-    EXPORT, DELETE,
-    *(f"d.{name}" for name in ("made", "kept", "half_sendable", "scalars", "where", "held", "large", "short_once")),
-]  # fmt: skip
+NAMES = "made kept half_sendable too_much stored scalars where held large short_once eigh eigh_by_reference values_of"
+TASKS = [EXPORT, DELETE, *(f"d.{name}" for name in NAMES.split())]
 KIB = 1024
 
 
@@ -124,6 +146,21 @@ def test_scalars_and_small_arrays(driver):
     assert driver.value(EXPORT, found["empty"], 100)["kind"] == "npy"
 
 
+def test_a_named_tuple_of_arrays_becomes_a_tuple_as_any_other_result(start, tmp_path):
+    driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
+    values, vectors = value(driver.outcomes(task("eigh"))[0])
+    assert isinstance(values, DeviceArray) and (values.shape, vectors.shape) == ((2,), (2, 2))
+    ((values, vectors),) = value(driver.outcomes(task("eigh_by_reference"))[0])
+    assert isinstance(values, ArrayRef) and isinstance(vectors, ArrayRef)
+
+
+def test_a_named_tuple_of_arrays_arrives_as_one(driver):
+    spec = ArraySpec("<f8")
+    named = numpy.linalg.eigh(numpy.eye(2))
+    sent = type(named)(*(Unopened(spec, array) for array in named))
+    assert value(driver.outcomes(task("values_of", sent))[0]) == ("EighResult", 4.0)
+
+
 def test_without_a_taker_for_handles_arrays_go_to_the_store(driver):
     """There is none here, which says that they went there."""
     (outcome,) = driver.outcomes(task("made", 8, stays=False))
@@ -138,9 +175,40 @@ def test_a_result_that_cannot_be_sent_leaves_nothing(driver):
     assert driver.value("held") == (0, 0, 0)
 
 
-def test_copies_go_to_the_store_and_serve_when_the_array_has_gone(start, tmp_path):
+def test_others_make_room_for_a_result_that_a_full_device_cannot_keep(driver):
+    driver.made(20, 2)
+    assert driver.value("too_much", False).size_bytes == 8000
+    assert driver.value("held") == (3, 8192, 40 * KIB)
+    (outcome,) = driver.outcomes(task("too_much", True))
+    assert outcome.kind is FailureKind.OUT_OF_MEMORY and outcome.message.startswith("out of memory; no room for")
+    assert 'Gpu(result="ref")' in outcome.message
+    assert driver.value("held") == (3, 0, 40 * KIB + 8000), "of it nothing stays"
+
+
+def test_an_outcome_says_what_was_made_for_it(start, tmp_path):
     from actors.contract import StoreConfig
 
+    driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
+    handle = driver.made(1)[0]
+    (outcome,) = driver.outcomes(task("kept", 8))
+    assert pickle.loads(outcome.made) == [value(outcome)]
+    (outcome,) = driver.outcomes(task("stored", {"ref": handle.model_dump(mode="json")}))
+    assert pickle.loads(outcome.made) == value(outcome)[:2], "not what it was given"
+    (outcome,) = driver.outcomes(task("held"))
+    assert outcome.made == b""
+
+
+def test_an_empty_array_is_exported_by_reference(start, tmp_path):
+    from actors.contract import StoreConfig
+
+    driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
+    handle = driver.value("scalars")["empty"]
+    ref = ArrayRef.model_validate(driver.value(EXPORT, handle))
+    assert (ref.shape, ref.size_bytes) == ((0, 3), 0)
+    assert driver.value("where", Unopened(ArraySpec(), ref))[1] == 0.0
+
+
+def test_copies_go_to_the_store_and_serve_when_the_array_has_gone(start, tmp_path):
     driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
     handle = driver.value("kept", 8)
     assert isinstance(handle.kept, ArrayRef) and handle.kept.size_bytes == 8192

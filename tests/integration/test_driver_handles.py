@@ -68,8 +68,8 @@ class Cluster(Lab):
         return getattr(error, "exc", error)
 
 
-def done(value):
-    return lambda token: Succeeded(token, pickle.dumps(value), 0.001, 1)
+def done(value, *made):
+    return lambda token: Succeeded(token, pickle.dumps(value), 0.001, 1, made=pickle.dumps(made))
 
 
 def failed(kind, error=None):
@@ -204,9 +204,24 @@ def test_a_task_given_up_while_something_is_fetched_for_it_leaves_nothing(cluste
     cluster.actor(0).actor(1)
     serial = cluster.send([handle("aa", 0, 1), handle("bb", 1, 2)])
     cluster.cancel(serial)
+    assert type(cluster.result()).__name__ == "Terminated", "at once: its actor may be busy for long"
     cluster.answer(done(REF.model_dump(mode="json")))
-    assert type(cluster.result()).__name__ == "Terminated"
-    assert cluster.calls() == [] and cluster.discarded == [REF]
+    assert cluster.answers() == [] and cluster.calls() == []
+    assert cluster.discarded == [REF]
+    assert cluster.driver._errands._under_way == cluster.driver._tasks == cluster.driver._by_token == {}
+
+
+def test_what_is_fetched_from_an_actor_that_was_restarted_is_asked_for_again(cluster):
+    cluster.actor(0).actor(1)
+    cluster.send([handle("aa", 0, 1), handle("bb", 1, 2)])
+    cluster.answer(failed(FailureKind.LOST))
+    assert cluster.calls() == [], "not before it is heard of"
+    cluster.actor(0)
+    assert [each[:2] for each in cluster.calls()] == [(0, EXPORT)]
+    cluster.answer(failed(FailureKind.HELD_UP))
+    assert [each[:2] for each in cluster.calls()] == [(0, EXPORT)]
+    cluster.answer(done(REF.model_dump(mode="json")))
+    assert [each[:2] for each in cluster.calls()] == [(1, "lab.echo")]
 
 
 def test_a_result_nobody_waits_for_is_deleted_where_it_is(cluster):
@@ -214,10 +229,12 @@ def test_a_result_nobody_waits_for_is_deleted_where_it_is(cluster):
     serial = cluster.send("value")
     task = cluster.driver._tasks[serial]
     cluster.driver._end(task, drivers.einfo(RuntimeError("given up")))
-    cluster.answer(done({"x": [handle("aa", 0, kept=REF)]}))
+    other, given = REF.model_copy(update={"url": "redis:" + "1" * 32}), handle("bb", 0)
+    made = [handle("aa", 0, kept=REF), other]
+    cluster.answer(done({"x": made, "y": given}, *made))
     ((actor, name, args),) = cluster.calls()
-    assert (actor, name, [each["id"] for each in args[0]]) == (0, DELETE, ["aa"])
-    assert cluster.discarded == [REF]
+    assert (actor, name, [each["id"] for each in args[0]]) == (0, DELETE, ["aa"]), "not what it was given"
+    assert cluster.discarded == [REF, other]
     cluster.answer(done(None))
     assert cluster.calls() == []
 

@@ -407,3 +407,18 @@ def test_https_asks_for_a_certificate_that_is_trusted(tmp_path, monkeypatch):
         assert fetched(server, "file") == b"1234"
     finally:
         server.stop()
+
+
+def test_what_others_have_put_below_the_root_is_never_deleted(tmp_path):
+    """A message may say `once` of any file there."""
+    store = stores(f"file://{tmp_path}")
+    (tmp_path / "deep").mkdir()
+    for place in ("dataset.bin", "deep/" + "a" * 32):
+        (tmp_path / place).write_bytes(b"12345678")
+        ref = BlobRef(url=f"file://{tmp_path}/{place}", size_bytes=8, once=True)
+        with pytest.raises(DataRefused, match="only what `put` has made"):
+            store.delete(ref)
+        assert (tmp_path / place).exists()
+    ref = store.put(ARRAY)
+    store.delete(ref)
+    assert [each.name for each in tmp_path.iterdir()] != [] and not (tmp_path / ref.url.rpartition("/")[2]).exists()

@@ -3,6 +3,7 @@
 import base64
 import io
 import pickle
+import tracemalloc
 from typing import Annotated, Any
 
 import numpy
@@ -111,7 +112,27 @@ LISTS = {
     "floats for integers": ("i8", [1.5], "found a list of float64"),
     "floats that are whole, for integers": ("i8", [1.0], "found a list of float64"),
     "beyond bounds": ("i1", [1, 128], "found a number beyond -128 to 127"),
-    "negative for unsigned": ("u1", [-1], "found a number beyond 0 to 255|found a list of int64"),
+    "negative for unsigned": ("u1", [-1], "found a number beyond 0 to 255"),
+    "beyond int64": ("u8", [0, 2**64 - 1, 2**63 + 1], [0, 2**64 - 1, 2**63 + 1]),
+    "negative, and beyond int64": ("u8", [-1, 2**63], "found a list of float64"),
+    "floats for unsigned": ("u8", [1.5, 2**63], "found a list of float64"),
+    "unsigned for signed": ("i8", [2**63], "found a number beyond"),
+    "truth values for unsigned": ("u1", [True, 2], [1, 2]),
+    "integers for truth values": ("?", [1], "found a list of int64"),
+    "too large for float32": ("f4", [0.5, 1e300], "found a number that is too large for float32"),
+    "too large for float16": ("f2", [[-1e5]], "found a number that is too large for float16"),
+    "an integer too large for float16": ("f2", [70_000], "found a number that is too large for float16"),
+    "too large for complex64": ("c8", [1e300], "found a number that is too large for complex64"),
+    "infinity": ("f4", [float("inf"), -float("inf")], [float("inf"), -float("inf")]),
+    "numbers of numpy": ("f8", [numpy.float32(0.5), numpy.int8(1)], [0.5, 1.0]),
+    "floats and what is beyond all integers": ("f8", [0.5, 2**70], [0.5, 2.0**70]),
+    "beyond all floats": ("f8", [0.5, 10**400], "found a list with an element that is no number"),
+    "floats and truth values": ("f8", [[0.5], [True]], [[0.5], [1.0]]),
+    "arrays in a list": ("f8", [numpy.ones(2), numpy.zeros(2)], [[1.0, 1.0], [0.0, 0.0]]),
+    "bytes": ("f8", [b"1"], "no number"),
+    "text in rows": ("f8", [[1, 2], [3, "4"]], "no number"),
+    "text in deeper rows": ("f8", [[1], [[2, "3"]]], "no number"),
+    "numbers and text beside rows": ("f8", [[1], 2, "3"], "no number"),
     "beyond all": ("u8", [2**70], "found a list with an element that is no number"),
     "text": ("f8", ["1"], "no number"),
     "nothing": ("f8", [None], "no number"),
@@ -130,6 +151,35 @@ def test_lists(dtype, value, expected):
             read(spec(dtype), value)
 
 
+@pytest.mark.parametrize("dtype", ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
+def test_every_dtype_takes_a_list(dtype):
+    for wanted in (dtype, ">" + dtype if dtype[1:] not in ("", "1") else dtype):
+        found = read(spec(wanted), [True, False] if dtype == "?" else [[0, 1, 100]])
+        assert found.dtype == wanted and found.tolist() == ([True, False] if dtype == "?" else [[0, 1, 100]])
+
+
+@pytest.mark.parametrize("place", [[], [1.5], [[1.5], [2.5]]], ids=["first", "last", "beside rows"])
+def test_text_among_numbers_takes_no_more_room_than_it_has(place):
+    """NumPy would make a table of it, four bytes times the longest text times the elements."""
+    values = [*place, "x" * 100_000, *[1] * 10_000]
+    tracemalloc.start()
+    try:
+        with pytest.raises(Mismatch, match="no number"):
+            read(ArraySpec(), values)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_memory_for_a_list_is_its_senders_error(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(arrays.lists, "_array", full)
+    with pytest.raises(Mismatch, match="found a list for which there is no memory"):
+        read(ArraySpec(), [1])
+
+
 @given(values=st.lists(st.floats(width=64), max_size=20))
 def test_lists_of_floats_are_exact(values):
     numpy.testing.assert_array_equal(read(spec("f8"), values), numpy.array(values))
@@ -145,7 +195,7 @@ def test_lists_of_integers_are_exact_or_refused(values, dtype):
     try:
         found = read(spec(dtype), values)
     except Mismatch:
-        assert not fits or dtype[0] == "u"  # NumPy reads a list as int64, which is not cast to unsigned
+        assert not fits
         return
     assert fits and found.tolist() == values
 
@@ -160,7 +210,15 @@ def test_finite(value):
 
 
 def test_what_is_no_array():
-    for value in (3, "text", None, {1}, {"kind": "bytes", "data": ""}, {"kind": "blob", "url": "redis:a"}):
+    for value in (
+        3,
+        "text",
+        None,
+        {1},
+        {"kind": "bytes", "data": ""},
+        {"kind": "blob", "url": "redis:a"},
+        {"kind": []},
+    ):
         with pytest.raises(ValueError, match=r"found|kind"):
             read(spec("f8"), value)
 
@@ -169,6 +227,21 @@ def test_what_is_no_array():
 def test_a_wrong_type_fails_where_it_is_declared(parts):
     with pytest.raises((TypeError, ValueError)):
         Array[parts]
+
+
+def test_every_array_in_a_body_can_be_written_into(monkeypatch):
+    """However it came, and after the pickles on its way, whose buffers may lie beside them."""
+    array = numpy.arange(6.0).reshape(2, 3)
+    assert Inline.of(array).get().flags.writeable
+    monkeypatch.setattr(arrays, "passes_on", True)
+    for value in (array, array.tolist(), Inline.of(array), Inline.of(array.T)):
+        unopened = spec("f8").validate(value)
+        buffers = []
+        data = pickle.dumps(unopened, 5, buffer_callback=buffers.append)
+        for arrived in (pickle.loads(pickle.dumps(unopened, 5)), pickle.loads(data, buffers=map(bytes, buffers))):
+            opened = arrived.open()
+            opened += 1
+            assert opened.sum() == 21
 
 
 def test_the_driver_passes_on(monkeypatch):
@@ -186,6 +259,8 @@ def test_the_driver_passes_on(monkeypatch):
 BROKEN = {
     "dtype": {"dtype": "|O"},
     "no dtype": {"dtype": "nonsense"},
+    "a comma for dtype": {"dtype": ","},
+    "half a dtype": {"dtype": "(1"},
     "size": {"size_bytes": 8},
     "negative": {"shape": [-2], "size_bytes": 0},
     "many dimensions": {"shape": [1] * 33, "size_bytes": 8},

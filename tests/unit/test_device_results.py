@@ -2,6 +2,7 @@
 
 import numpy
 import pytest
+from celery import Celery
 
 from actors import device, device_results
 from actors.contract import Holdings
@@ -21,9 +22,14 @@ class SplitDevice(CpuDevice):
     def __init__(self):
         super().__init__("")
         self.is_full = False
+        self.is_copying = False  # until the stream is waited for
 
     def to_device(self, array):
+        self.is_copying = True
         return numpy.array(array).view(self.Array)
+
+    def synchronize(self):
+        self.is_copying = False
 
     def to_host(self, array):
         if self.is_full:
@@ -98,6 +104,32 @@ def test_the_least_recently_used_moves_to_the_host_and_back(results, gpu):
     assert results.holdings() == Holdings(3, 2 * KIB, KIB)
     assert is_on_device(results.get(c, results.executor)), "a was used longest ago"
     assert list(results._host.held) == [a]
+
+
+def test_one_that_comes_back_is_complete_before_another_stream_can_see_it(results, gpu):
+    name = results.put(made(gpu), 60)
+    results.spill()
+    gpu.is_copying = False
+    results.get(name, results.executor)
+    assert not gpu.is_copying
+
+
+def test_a_row_held_as_a_copy_is_complete_too(results, gpu):
+    batch = made(gpu, 64).reshape(64, -1)
+    assert gpu.is_copying
+    results.put(batch[0], 60)
+    assert not gpu.is_copying
+
+
+def test_a_body_s_host_array_is_complete_on_the_device_before_it_is_held(gpu, monkeypatch):
+    from actors.contract import Config, Release
+    from actors.opening import Opener
+
+    held = []
+    monkeypatch.setattr(DeviceResults, "put", lambda *_: held.append(gpu.is_copying) or "ab")
+    config = Config(Release("r", "lab:app", "", (), "", (), (), ()), "cpu", "90%", 30, 1000, "50%")
+    Opener(Celery("lab", broker="memory://", set_as_current=False), config, gpu).kept(numpy.ones(3), False, ("", ""))
+    assert held == [False]
 
 
 def test_one_that_is_larger_than_the_budget_waits_on_the_host(results, gpu):

@@ -18,6 +18,7 @@ from bridge.handles import Plan, handles_in, handles_of, may_stay, plan
 from bridge.link import Run
 from bridge.marks import find_marks
 from bridge.orders import TaskWaiting
+from bridge.verdicts import MAX_LOSSES
 
 ACCEPT = prepare_accept_content(["json", "pickle"])
 REF = ArrayRef(url="redis:" + "0" * 32, dtype="<f8", shape=(1,), size_bytes=8)
@@ -200,6 +201,38 @@ def test_an_errand_that_fails_says_why(errands, told):
     errands.lose(c, "its actor takes no calls")
     assert [type(each).__name__ for each in answers] == ["StoreUnavailable", "HandleLost", "HandleLost"]
     assert "signal 9" in str(answers[1]) and "takes no calls" in str(answers[2])
+
+
+@pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.NO_ROOM])
+def test_an_errand_that_has_not_started_waits_again_but_not_for_ever(errands, told, kind):
+    answers = []
+    errands.fetch([handle()], lambda _, error: answers.append(error))
+    failed = Failed(told[0].token, kind, kind.name, "restarted")
+    for _ in range(MAX_LOSSES):
+        errands.take(failed)
+    assert answers == [] and told == [told[0]] * (MAX_LOSSES + 1)
+    errands.take(failed)
+    assert isinstance(answers[0], errors.HandleLost) and "restarted" in str(answers[0])
+    assert failed.token not in errands
+
+
+def test_an_errand_behind_a_slow_task_waits_as_long_as_it_takes(errands, told):
+    errands.fetch([handle()], lambda *_: pytest.fail("answered"))
+    for _ in range(3 * MAX_LOSSES):
+        errands.take(Failed(told[0].token, FailureKind.HELD_UP, "HELD_UP", "slow"))
+    assert len(told) == 3 * MAX_LOSSES + 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [pickle.dumps({"kind": "npy", "data": ""}), pickle.dumps(None), b"no pickle"],
+    ids=["an envelope", "nothing", "no pickle"],
+)
+def test_an_answer_that_is_no_reference_costs_only_its_task(errands, told, value):
+    answers = []
+    errands.fetch([handle()], lambda _, error: answers.append(error))
+    errands.take(Succeeded(told[0].token, value, 0.1, 1))
+    assert isinstance(answers[0], errors.HandleLost) and "something else than a reference" in str(answers[0])
 
 
 def test_several_are_answered_together_and_one_error_is_told(errands, told):

@@ -1,6 +1,7 @@
 """JSON text to arrays: what NumPy makes of the list, or nothing."""
 
 import json
+import tracemalloc
 
 import numpy
 import pytest
@@ -56,6 +57,23 @@ def test_after_what_cannot_be_read_the_next_one_can():
     for text in (b"[1e999]", b"[1, [2]]", b"[tru]"):
         assert array_of(text, True) is None
         assert array_of(b"[1]", True).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("rows", [[[0] * 20_000, *[[0]] * 20_000], [[[0]] * 20_000, *[[[0]]] * 20_000]])
+def test_a_long_first_row_does_not_make_a_large_table_of_it(rows):
+    """A few bytes per row here, and 400 million if all were as long as the first."""
+    text = json.dumps(rows).encode()
+    array_of(b"[[1.5], [2.5]]", True)  # what the parser keeps is there
+    tracemalloc.start()
+    try:
+        assert array_of(text, False) is None
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_than_simdjson_counts():
+    assert array_of(b"[%b1]" % (b"0," * 2**24), False).shape == (2**24 + 1,)
 
 
 def test_a_long_one():

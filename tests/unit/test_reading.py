@@ -55,6 +55,38 @@ def test_lists_become_the_arrays_the_signature_names():
     assert factor == 3 and more == {"a": NUMBERS} and type(more) is dict
 
 
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i8", "f2", "f4", "f8", "c8"])
+def test_lists_become_arrays_of_any_dtype(dtype):
+    wanted: Any = Array[dtype]
+
+    def takes(values: wanted):
+        return values
+
+    values = read(takes, [0, 1, 127] * 500)
+    assert values.dtype == dtype and values.tolist() == [0, 1, 127] * 500
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last", "reason"),
+    [
+        ("u1", 256, "a number beyond 0 to 255"),
+        ("u8", -1, "a number beyond 0 to"),
+        ("u1", 0.5, "a list of float64"),
+        ("f4", 1e300, "a number that is too large for float32"),
+        ("f2", 1e5, "a number that is too large for float16"),
+        ("f2", 100_000, "a number that is too large for float16"),
+    ],
+)
+def test_numbers_that_the_dtype_does_not_hold(dtype, last, reason):
+    wanted: Any = Array[dtype]
+
+    def takes(values: wanted):
+        return values
+
+    with pytest.raises(PayloadInvalid, match=reason):
+        read(takes, [*[0] * 1000, last])
+
+
 def test_unannotated_ones_become_lists():
     first, rest, key = read(anything, NUMBERS, 1, {"a": NUMBERS}, key=NUMBERS)
     assert first == key == NUMBERS and rest == (1, {"a": NUMBERS})

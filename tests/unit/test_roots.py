@@ -20,7 +20,6 @@ ALLOWED = {
     "https://files.example.com/public//a": "https://files.example.com/public/a",
     "https://files.example.com/public/./a": "https://files.example.com/public/a",
     "s3://bucket/prefix/a": None,
-    "HTTPS://files.example.com/public/a": "https://files.example.com/public/a",
 }
 REFUSED = [
     "",
@@ -148,3 +147,10 @@ def test_the_text_names_no_root_and_repeats_no_secret():
     with pytest.raises(DataRefused) as caught:
         allowed_place("x" * 10_000, ROOTS)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("url", ["HTTPS://files.example.com/public/a", " https://files.example.com/public/a"])
+def test_what_would_be_read_otherwise_than_it_is_written_is_refused(url):
+    """A reader that looks at the first letters would take it for another scheme, and follow its redirects."""
+    with pytest.raises(DataRefused):
+        allowed_place(url, ROOTS)
