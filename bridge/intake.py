@@ -23,6 +23,7 @@ from celery.worker.consumer import consumer as celery_consumer
 from kombu import compression
 from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import register_type
 from redis.exceptions import DataError
 
@@ -171,7 +172,7 @@ class BoundedChannel:
 
         def parse_response(connection: Any, command_name: str, **options: Any) -> Any:
             answer = parse(connection, command_name, **options)
-            if command_name != "BRPOP" or not answer:
+            if command_name != "BRPOP" or not answer or not self.is_consumed(self._list_queue(answer[0])):
                 return answer
             limit = self.largest_body
             self.brpop_text = answer[1] if limit == math.inf else without_large_body(answer[1], int(limit))
@@ -179,6 +180,13 @@ class BoundedChannel:
 
         client.parse_response = parse_response
         return client
+
+    def _list_queue(self, key: Any) -> str:
+        return str(bytes_to_str(key)).rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
+
+    def is_consumed(self, queue: str) -> bool:
+        """Whether a message of a queue comes to this channel; else kombu reads it on any other, and gives it back."""
+        return queue in getattr(self.connection, "_callbacks", ())  # type: ignore[attr-defined]
 
     def without_body(self, raw: bytes) -> bytes:
         """The text of the message that is delivered next; `decode_body` has its body."""

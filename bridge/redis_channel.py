@@ -48,6 +48,7 @@ class _Asked(NamedTuple):
     acks: list[Any]
     is_first: bool  # of those that look, on this connection
     looks: bool
+    noted_at: float  # wall clock: with this time Redis notes what it gives
 
 
 class GroupedChannel(BoundedChannel):
@@ -121,12 +122,20 @@ class GroupedChannel(BoundedChannel):
     def ask_when_due(self) -> None:
         """Ask anew while Redis is silent, as often as BRPOP would; at once when messages are known to wait."""
         if self._is_waiting() and self.active_queues and self.qos.can_consume():  # type: ignore[attr-defined]
-            waited_s = time.monotonic() - self._answered_at
-            is_due = waited_s >= (self.brpop_timeout or ASK_AGAIN_S)  # type: ignore[attr-defined]
+            is_due = self._is_due()
             if is_due:
                 self._vain = 0
             if is_due or (self._more_waits and not self._gives_way()):
                 self._brpop_start()
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._answered_at >= (self.brpop_timeout or ASK_AGAIN_S)  # type: ignore[attr-defined]
+
+    def drop_dead_connection(self) -> None:
+        """Before Redis is asked after a pause: one it has closed meanwhile is made anew, which ends no consumer."""
+        if self._is_waiting() and self.qos.can_consume() and self._is_due():  # type: ignore[attr-defined]
+            with suppress(RedisError, OSError):
+                self._watch.hear(self._in_poll)  # what was said is no news: the question follows
 
     def _gives_way(self) -> bool:
         """Whether others are to have what waits, for a moment: who is idle is not to lose it to who is not."""
@@ -152,11 +161,15 @@ class GroupedChannel(BoundedChannel):
         room = self.qos.room  # type: ignore[attr-defined]
         keys, arguments, queues = self._question(room)
         before = self._watch.before(connection) if looks else []
-        self._asked = asked = _Asked(queues, room, self.qos.next_acks(), bool(before), looks)  # type: ignore[attr-defined]
+        self._asked = asked = _Asked(queues, room, self.qos.next_acks(), bool(before), looks, arguments[0])  # type: ignore[attr-defined]
         take = ("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *asked.acks)
         look = self._watch.look(keys[2:]) if looks else []
         self._in_poll, self._brpop_sent_at, self._way_until = connection, time.monotonic(), None
-        connection.send_packed_command(connection.pack_commands([*before, take, *look]))
+        sock = connection._sock
+        # A health check might connect anew, unseen: replies would be one out of step.
+        connection.send_packed_command(connection.pack_commands([*before, take, *look]), check_health=False)
+        if connection._sock is not sock:  # the event loop does not know it
+            connection.disconnect()
 
     def _brpop_read(self, **options: Any) -> Any:
         self._reads, self.is_built = True, False
@@ -209,16 +222,19 @@ class GroupedChannel(BoundedChannel):
         answer = replies.pop(asked.is_first)
         self._is_full = False
         if isinstance(answer, NoScriptError):
-            self.plain_client.script_load(TAKE)
+            try:
+                self.plain_client.script_load(TAKE)
+            except ResponseError as error:
+                self._refused(error)
         elif isinstance(answer, ResponseError):
             self._refused(answer)
         else:
             self._asked = None
-            self.keep(answer, asked.queues, asked.room)
+            self.keep(answer, asked.queues, asked.room, asked.noted_at)
         refusals = [each for each in replies if isinstance(each, ResponseError)]
         if refusals:
             logger.warning("Redis does not say when a list changes: %r; BRPOP is used instead", refusals[0])
-            self._watch.refuse()
+            self._watch.refuse(refusals[0], REFUSED_PAUSE_S)
         elif asked.looks:
             self._watch.begin(connection)
         is_known = asked.looks and not refusals and self._asked is None and not self._is_left
@@ -230,7 +246,7 @@ class GroupedChannel(BoundedChannel):
             self.qos.ack_again(self._asked.acks)  # type: ignore[attr-defined]
             self._asked = None
 
-    def note(self, message: Any, delivery_tag: Any) -> tuple[list[Any], list[str], int] | None:
+    def note(self, message: Any, delivery_tag: Any) -> tuple[list[Any], list[str], int, float] | None:
         """Note BRPOP's message as unacknowledged and take more, to `keep`; None: kombu has to note it."""
         if not self._reads or not self._may_take():
             return None
@@ -238,7 +254,7 @@ class GroupedChannel(BoundedChannel):
         text = self._noted_as(message, info["exchange"], info["routing_key"])
         keys, arguments, queues = self._question(count, delivery_tag, text)
         try:
-            return self._take(keys, arguments, client=self.plain_client), queues, count
+            return self._take(keys, arguments, client=self.plain_client), queues, count, arguments[0]
         except ResponseError as error:
             self._refused(error)
             return None
@@ -251,7 +267,8 @@ class GroupedChannel(BoundedChannel):
     def _may_take(self) -> bool:
         cycle: Any = self._queue_cycle  # type: ignore[attr-defined]
         return (
-            type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle)
+            isinstance(self.qos, GroupedQoS)  # type: ignore[attr-defined]  # with `ack_emulation=False` nothing is noted
+            and type(cycle) in (round_robin_cycle, priority_cycle, sorted_cycle)
             and time.monotonic() >= self._refused_until
             and self._without_ack.isdisjoint(self.active_queues)  # type: ignore[attr-defined]
         )
@@ -275,14 +292,14 @@ class GroupedChannel(BoundedChannel):
         bounds = (count, MOST_BYTES, READ_BYTES, LARGEST_BYTES)
         return keys, [time.time(), len(queues), rotates, *bounds, tag, text], queues
 
-    def keep(self, answer: list[Any], queues: list[str], count: int) -> None:
+    def keep(self, answer: list[Any], queues: list[str], count: int, noted_at: float) -> None:
         """What the script has taken is to be delivered."""
         is_left, *taken = answer
         for number, tag, raw in zip(*[iter(taken)] * 3, strict=True):
             queue = queues[number - 1]
             self._queue_cycle.rotate(queue)  # type: ignore[attr-defined]
             self._taken.append((queue, tag.decode(), raw))
-            self.qos.add_taken(tag.decode())  # type: ignore[attr-defined]
+            self.qos.add_taken(tag.decode(), noted_at)  # type: ignore[attr-defined]
         self._is_left = is_left == 1
         self._is_full = len(taken) == 3 * count > 0
 
@@ -291,6 +308,10 @@ class GroupedChannel(BoundedChannel):
         qos = self.qos  # type: ignore[attr-defined]
         while self._taken:
             queue, tag, raw = self._taken.popleft()
+            if not self.is_consumed(queue):
+                if self.connection is not None:  # type: ignore[attr-defined]  # else closing has done it
+                    qos.reject(tag, requeue=True)
+                continue
             self.is_built = False
             try:
                 if len(raw) > self.largest_body:
@@ -310,6 +331,9 @@ class GroupedPoller(RenewingPoller):
 
     def on_poll_start(self) -> None:
         """Called once per turn. What asks for messages takes acknowledgements along; the rest goes alone."""
+        grouped = [channel for channel in self._channels if isinstance(channel._qos, GroupedQoS)]
+        for channel in grouped:
+            channel.drop_dead_connection()
         super().on_poll_start()
         for channel in self._channels:
             if isinstance(channel._qos, GroupedQoS):

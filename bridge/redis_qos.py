@@ -41,20 +41,21 @@ class GroupedQoS(RenewingQoS):
         if answer is None:
             self.channel.complete(message)
             super().append(message, delivery_tag)
+            self.has_noted(delivery_tag)
         else:  # in the order of their arrival, in which kombu gives them back
             virtual.QoS.append(self, message, delivery_tag)
             self.channel.keep(*answer)
-        self.has_noted(delivery_tag)
+            self.has_noted(delivery_tag, answer[-1])
         self.channel.is_built = True
 
     def is_only_taken(self, delivery_tag: Any) -> bool:
         """Whether a message was taken and is not delivered yet."""
         return self._delivered.get(delivery_tag, self) is None
 
-    def add_taken(self, delivery_tag: Any) -> None:
-        """Count a message from now on; closing the channel gives it back."""
+    def add_taken(self, delivery_tag: Any, noted_at: float) -> None:
+        """Count a message from now on, noted in Redis with that time; closing the channel gives it back."""
         self._delivered[delivery_tag] = None
-        self.has_noted(delivery_tag)
+        self.has_noted(delivery_tag, noted_at)
 
     def forget_taken(self, delivery_tag: Any) -> None:
         """It has gone another way."""

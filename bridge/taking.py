@@ -5,10 +5,12 @@ looks at its lists (EXISTS) and has Redis say when one of them changes (CLIENT T
 what is taken is noted in the same step. Never decides when to ask; bridge/redis_channel.py does.
 """
 
+import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 #: One script takes at most this many messages, and no further one when it has this many bytes.
 MOST_MESSAGES, MOST_BYTES = 100, 1 << 20
@@ -16,6 +18,9 @@ MOST_MESSAGES, MOST_BYTES = 100, 1 << 20
 READ_BYTES = 1 << 16
 #: A larger message is left to BRPOP: the script would need five times as much memory. Redis takes none above 1 << 29.
 LARGEST_BYTES = 1 << 27
+
+#: In the answer of a server that does not know a command, or not this form of it.
+_NEVER = ("unknown", "syntax", "wrong number of arguments")
 
 # Removes what is acknowledged, notes the message of BRPOP if there is one, then takes further ones as a series of
 # BRPOPs would: most urgent list first, queues in turn. Only half of what waits, rounded up: other workers want theirs.
@@ -109,11 +114,11 @@ class Watch:
 
     def __init__(self) -> None:
         self._socket: Any = None  # where Redis has been told to say so; a new one knows nothing
-        self._is_refused = False
+        self._refused_until = 0.0
 
     def may(self, connection: Any) -> bool:
         """Whether Redis can say so here: only in its protocol 3, which redis-py speaks since 8, and from Redis 6 on."""
-        return not self._is_refused and str(getattr(connection, "protocol", 2)) == "3"
+        return time.monotonic() >= self._refused_until and str(getattr(connection, "protocol", 2)) == "3"
 
     def is_on(self, connection: Any) -> bool:
         """Whether this connection, which has not been made anew since, has been used to look."""
@@ -144,9 +149,10 @@ class Watch:
             connection.disconnect()
             raise
 
-    def refuse(self) -> None:
-        """Redis does not do it: a proxy in between, an ACL."""
-        self._is_refused = True
+    def refuse(self, error: ResponseError, pause_s: float) -> None:
+        """Redis does not do it: for good where a proxy or an ACL forbids it, else (busy, in a failover) for a while."""
+        lasts = isinstance(error, NoPermissionError) or any(each in str(error).lower() for each in _NEVER)
+        self._refused_until = math.inf if lasts else time.monotonic() + pause_s
 
     def end(self, connection: Any) -> None:
         """Nothing is said from now on, so that what comes is the answer to a question.
@@ -156,7 +162,7 @@ class Watch:
         """
         if self.is_on(connection):
             self._socket = None
-            connection.send_command("CLIENT", "TRACKING", "OFF")
+            connection.send_command("CLIENT", "TRACKING", "OFF", check_health=False)  # might connect anew, unseen
             read_reply(connection)
 
 

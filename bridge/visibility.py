@@ -50,9 +50,9 @@ class RenewingQoS(stock.QoS):
         self._noted: dict[Any, float] = {}  # tag -> wall clock, not before what Redis holds
         self._renewed_at = time.monotonic()
 
-    def has_noted(self, delivery_tag: Any) -> None:
-        """Redis holds a message from now on as this worker's."""
-        self._noted[delivery_tag] = time.time()
+    def has_noted(self, delivery_tag: Any, noted_at: float | None = None) -> None:
+        """Redis holds a message as this worker's, noted with this time of the wall clock; None: not after now."""
+        self._noted[delivery_tag] = time.time() if noted_at is None else noted_at
 
     @property
     def renew_every_s(self) -> float:

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import socket
+import time
 from collections import Counter
 
 import pytest
@@ -22,12 +23,13 @@ FAST = {"polling_interval": 0.05}
 class Desk:
     """A consumer of some queues, in groups or stock, and what it has received."""
 
-    def __init__(self, url, *queues, prefetch=0, grouped=True, no_ack=False, **options):
+    def __init__(self, url, *queues, prefetch=0, grouped=True, no_ack=False, is_second=False, **options):
         self.connection = Connection(url, transport_options={**FAST, **options})
         if grouped:
             ask_in_groups(self.connection)
+        self.other_channel = self.connection.channel() if is_second else None
         self.channel = self.connection.default_channel
-        assert isinstance(self.channel.qos, GroupedQoS) == grouped
+        assert isinstance(self.channel, GroupedChannel) == grouped
         self.channel.basic_qos(0, prefetch, False)
         self.received = []
         self.on_message = lambda message: None
@@ -269,6 +271,25 @@ def test_a_queue_cancelled_meanwhile_gets_its_messages_back(server, desk):
     assert len(one.channel.qos._delivered) - len(one.channel.qos._dirty) == 6
 
 
+@pytest.mark.parametrize("how", ["script", "brpop"])
+def test_a_large_message_of_a_cancelled_queue_goes_back_whole(server, desk, how):
+    """kombu reads what nobody consumes on the connection's first channel, which is not the consuming one."""
+    one = desk(is_second=True, polling_interval=10)
+    if how == "brpop":
+        one.channel._refused_until = time.monotonic() + 1000
+    wait_for(lambda: not one.turn() and one.channel._in_poll, "it to ask")
+    large = "x" * READ_BYTES
+    publish(server.url, [large])
+    if how == "script":
+        one.channel._brpop_start()
+        wait_for(lambda: noted(server.client), "Redis to have answered")
+    assert server.client.llen("q") == 0
+    one.consumer.cancel()
+    wait_for(lambda: one.turn() or server.client.llen("q"), "it to go back")
+    assert (one.received, noted(server.client)) == ([], {})
+    assert desk(grouped=False).drain() == [large]
+
+
 def test_scripts_flushed_under_a_running_worker(server, desk):
     one = desk()
     for _ in range(2):
@@ -277,6 +298,28 @@ def test_scripts_flushed_under_a_running_worker(server, desk):
         one.drain()
     assert one.bodies == [*range(9), *range(9)]
     assert len(noted(server.client)) == 18
+
+
+def test_where_no_script_may_be_loaded_kombu_goes_on_alone(server, desk, caplog):
+    server.client.script_flush()
+    with server.client.lock("any"):  # loads the one script that kombu itself cannot do without
+        pass
+    server.client.execute_command("ACL", "SETUSER", "plain", "on", "nopass", "~*", "&*", "+@all", "-script")
+    try:
+        one = desk(url=server.url.replace("redis://", "redis://plain:x@"))
+        publish(server.url, range(9))
+        assert one.drain() == list(range(9))
+        assert "Redis refused a script" in caplog.text
+        one.connection.close()
+    finally:
+        server.client.acl_deluser("plain")
+
+
+def test_without_emulated_acknowledgements_kombu_goes_on_alone(server, desk):
+    one = desk(ack_emulation=False)
+    publish(server.url, range(9))
+    assert one.drain() == list(range(9))
+    assert noted(server.client) == {}
 
 
 def test_where_the_script_may_not_run_kombu_goes_on_alone(server, desk, caplog):

@@ -1,11 +1,13 @@
 """Waiting without taking on a real Redis: who dies or is cut off takes no message along, and nobody waits longer."""
 
+import contextlib
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import redis
 
 from bridge import redis_channel
 from bridge.taking import READ_BYTES, Watch
-from tests.integration.test_redis_channel import Desk, desk, noted, publish, server  # noqa: F401 - fixtures
+from tests.integration.test_redis_channel import Desk, calls, desk, noted, publish, server  # noqa: F401 - fixtures
 from tests.support.services import ROOT, wait_for
 
 #: A question is repeated after this long, in seconds: never, as far as these tests go.
@@ -165,6 +167,46 @@ def test_at_the_limit_nothing_is_taken_asked_or_cut(server, desk):  # noqa: F811
     assert one.channel.client.connection._sock is waits_on
 
 
+def test_a_connection_closed_while_nothing_is_wanted_is_made_anew(server, desk):  # noqa: F811
+    """Redis closes idle ones; were it raised, Celery would connect anew and run late-acknowledged tasks again."""
+    one = desk(prefetch=1)
+    publish(server.url, [0, 1])
+    one.drain()
+    wait_for(lambda: not one.turn() and one.channel._is_waiting(), "it to wait")
+    host, port = one.channel.client.connection._sock.getsockname()
+    server.client.client_kill(f"{host}:{port}")
+    wait_for(lambda: not one.turn() and one.channel._is_due(), "it to have waited for long")
+    one.received[0].ack()
+    wait_for(one.turn, "the next message, without an error")
+    assert one.bodies == [0, 1]
+
+
+def test_no_health_check_goes_before_a_question(server, desk):  # noqa: F811
+    """Where redis-py may connect anew in the middle of it, replies would be one out of step."""
+    one = waits(desk())
+    calls(server.client)
+    connection = one.channel.client.connection
+    for ask in (one.channel._brpop_start, lambda: one.channel._watch.end(connection)):
+        connection.next_health_check = -1
+        ask()
+        one.turn() if one.channel._asked else connection.disconnect()
+    assert calls(server.client)["ping"] == 0
+
+
+def test_what_others_hold_before_the_answer_is_read_is_let_go(server, desk):  # noqa: F811
+    one = waits(desk())
+    publish(server.url, [0])
+    one.channel._brpop_start()
+    wait_for(lambda: noted(server.client), "Redis to have answered")
+    (tag,) = noted(server.client)
+    server.client.zadd("unacked_index", {tag: time.time()})  # as another worker would, that got it after a time-out
+    lost = []
+    one.connection.transport.cycle.on_lost = lost.extend
+    wait_for(one.turn, "the message")
+    one.channel.qos.renew()
+    assert lost == [tag]
+
+
 def test_while_it_waits_one_question_is_asked_in_each_period(server, desk):  # noqa: F811
     one = waits(desk())
     asked_at = one.channel._answered_at
@@ -190,6 +232,33 @@ def test_where_redis_says_nothing_brpop_waits(server, desk, caplog):  # noqa: F8
         one.connection.close()
     finally:
         server.client.acl_deluser("deaf")
+
+
+def test_while_redis_is_busy_it_is_let_be_and_then_waited_for_again(server, desk, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(redis_channel, "REFUSED_PAUSE_S", 0.0)
+    one = waits(desk())
+    server.client.config_set("lua-time-limit", 1)
+
+    def loop():
+        with contextlib.suppress(redis.RedisError), redis.Redis.from_url(server.url) as client:
+            client.eval("while true do end", 0)
+
+    busy = threading.Thread(target=loop)
+    busy.start()
+
+    def is_refused():
+        with contextlib.suppress(redis.ResponseError):  # BRPOP's
+            one.channel._brpop_start()
+            one.turn()
+        return "does not say when a list changes" in caplog.text
+
+    try:
+        wait_for(is_refused, "Redis to refuse")
+    finally:
+        server.client.script_kill()
+        busy.join()
+        server.client.config_set("lua-time-limit", 5000)
+    waits(one)
 
 
 def test_only_protocol_3_can_say_it():
