@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bridge.errors import as_text
+from bridge.errors import DataLost, DataRefused, as_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Discards:
                 continue
             try:
                 self._delete(ref)
+            except (DataRefused, DataLost) as error:  # of this one; the store is well
+                logger.warning("data of a task that has ended are not deleted: %s", as_text(error))
             except Exception as error:
                 self._not_before = time.monotonic() + PAUSE_S
                 logger.warning("data of tasks that have ended are left to expire: %s", as_text(error))

@@ -4,6 +4,7 @@ import threading
 
 from bridge import discards
 from bridge.discards import Discards
+from bridge.errors import DataRefused
 from tests.support.services import wait_for
 
 
@@ -11,6 +12,19 @@ def test_each_is_deleted_in_turn():
     deleted = []
     Discards(deleted.append).add(["a", "b"])
     assert wait_for(lambda: deleted == ["a", "b"], "both to be deleted")
+
+
+def test_one_that_may_not_be_deleted_costs_no_other(caplog):
+    deleted = []
+
+    def delete(ref):
+        if ref == "theirs":
+            raise DataRefused("only what `put` has made is deleted")
+        deleted.append(ref)
+
+    Discards(delete).add(["a", "theirs", "b"])
+    assert wait_for(lambda: deleted == ["a", "b"], "the others to be deleted")
+    assert "only what `put` has made" in caplog.text
 
 
 def test_a_store_that_hangs_blocks_nobody_and_one_that_fails_is_left_alone_for_a_while(monkeypatch, caplog):
