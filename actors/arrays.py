@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
@@ -46,18 +47,14 @@ class Form(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @abstractmethod
     def get(self) -> Any:
         """What it stands for, in the host's memory."""
-        raise NotImplementedError
 
 
 class _Form(Form):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "numpy.ndarray[Any, Any]":
         return numpy.asarray(self.get(), dtype)
-
-    def get(self) -> "numpy.ndarray[Any, Any]":
-        """The array, in the host's memory."""
-        raise NotImplementedError
 
 
 class Inline(_Form):

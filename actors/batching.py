@@ -92,6 +92,27 @@ def run_batch(batch: Batch, items: Sequence[tuple[Sequence[Any], dict[str, Any]]
     return results
 
 
+def run_prepared(
+    items: Sequence[Any], prepare: Callable[[int, Any], Any], run: Callable[[list[Any]], Sequence[Any]],
+    errors: tuple[type[Exception], ...],
+) -> list[Any]:  # fmt: skip
+    """Prepare each item, given with its number, and run those that could be; one that cannot has its error as result.
+
+    Only `errors` count as an item's own; whatever else is raised passes through.
+    """
+    results: list[Any] = [None] * len(items)
+    good: list[tuple[int, Any]] = []
+    for number, item in enumerate(items):
+        try:
+            good.append((number, prepare(number, item)))
+        except errors as error:
+            results[number] = error
+    if good:
+        for (number, _), value in zip(good, run([item for _, item in good]), strict=True):
+            results[number] = value
+    return results
+
+
 def _signature_of_one(body: Callable[..., Any]) -> inspect.Signature:
     hints = typing.get_type_hints(body, include_extras=True)
     signature = inspect.signature(body)

@@ -1,7 +1,8 @@
 """In the executor: arrays that came by reference are fetched and put on the device, and results go the same way back.
 
-Both happen inside the body's frame: limits and cancellation hold, and what goes wrong is that task's error. Only tasks
-whose arguments were found to hold an array when they were unpickled pay anything for this.
+What goes wrong is that task's error. Arguments are fetched inside the body's frame, so that limits and cancellation
+hold; results are stored after it, and there they do not. Only tasks whose arguments were found to hold an array when
+they were unpickled pay anything for this.
 """
 
 import inspect
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from actors import device_results
 from actors.arrays import ArrayRef, ArraySpec
+from actors.batching import run_prepared
 from actors.blobs import BlobRef
 from actors.contract import Config
 from actors.device import is_device_array
@@ -53,17 +55,9 @@ class Opener:
         """The same for a vectorised body; an item that cannot be opened gets its error in its place."""
 
         def opened(items: Sequence[tuple[Any, Any]]) -> list[Any]:
-            results: list[Any] = [None] * len(items)
-            good: list[tuple[int, Any]] = []
-            for number, (args, kwargs) in enumerate(items):
-                try:
-                    good.append((number, self.open_all(task.name, task.run, args, kwargs)))
-                except (DataError, PayloadInvalid) as error:
-                    results[number] = error
-            if good:
-                for (number, _), value in zip(good, run_items([pair for _, pair in good]), strict=True):
-                    results[number] = value
-            return results
+            return run_prepared(
+                items, lambda _, pair: self.open_all(task.name, task.run, *pair), run_items, (DataError, PayloadInvalid)
+            )
 
         return opened
 

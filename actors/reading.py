@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from actors.arrays import Array, ArraySpec
+from actors.batching import run_prepared
 from actors.closed import Closed, ClosedList
 from actors.errors import PayloadInvalid, problem
 from actors.numbers import array_of
@@ -44,17 +45,12 @@ class Reader:
         """
 
         def read(items: Sequence[tuple[Any, Any]]) -> list[Any]:
-            results: list[Any] = [None] * len(items)
-            good: list[tuple[int, Any]] = []
-            for number, (args, kwargs) in enumerate(items):
-                try:
-                    good.append((number, self.read_all(args, kwargs, checks[number])))
-                except PayloadInvalid as error:
-                    results[number] = error
-            if good:
-                for (number, _), value in zip(good, run_items([pair for _, pair in good]), strict=True):
-                    results[number] = value
-            return results
+            return run_prepared(
+                items,
+                lambda number, pair: self.read_all(pair[0], pair[1], checks[number]),
+                run_items,
+                (PayloadInvalid,),
+            )
 
         return read
 

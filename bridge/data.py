@@ -47,7 +47,8 @@ def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> Array
     Args:
         array: NumPy's, or what `numpy.asarray` makes one of.
         keep_s: it is there for so long in Redis; default BRIDGE_DATA_KEEP_S. It must outlive the task's wait and run.
-        once: delete it when the first task that takes it has ended, whichever way.
+        once: delete it when the first GPU task that takes it as an annotated argument has succeeded or failed and is
+            not retried. What a task leaves that was revoked, timed out or lost its worker expires.
 
     Raises:
         ValueError: not an array of numbers.

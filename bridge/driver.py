@@ -507,6 +507,7 @@ class Driver:
         self._by_token.pop(task.token, None)
         self._send(message)
         self._discard_refs(task)
+        # Not of one that was revoked: at a shutdown that looks the same here, and it is delivered again.
         if task.once and isinstance(message, messages.Done) and not _goes_on(message.result):
             self._ledger.discard(task.once)
 

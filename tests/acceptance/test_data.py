@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy
 import pytest
@@ -232,8 +233,17 @@ def test_what_can_never_fit_is_not_retried_also_when_only_the_gpu_node_sees_it(s
 
 
 def test_in_an_event_loop(send):
+    """The loop goes on meanwhile: it opens the gate that what is put waits at."""
+    gate = threading.Event()
+
+    class Late:
+        def __array__(self, dtype=None, copy=None):
+            assert gate.wait(30), "the loop stands still"
+            return numpy.arange(3.0)
+
     async def both():
-        ref = await data.aput(numpy.arange(3.0))
+        asyncio.get_running_loop().call_later(0.05, gate.set)
+        ref = await data.aput(Late())
         return (await data.aget(ref)).tolist()
 
     assert asyncio.run(both()) == [0, 1, 2]

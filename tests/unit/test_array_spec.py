@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from actors import arrays
 from actors.arrays import Array, ArrayRef, ArraySpec, Inline, Mismatch, read_npy
@@ -315,3 +315,19 @@ def test_what_a_device_receives(array, cut):
     if data:
         with pytest.raises(ValueError, match="and more came"):
             CpuDevice("").receive([*pieces, b"1"], array.shape, array.dtype.str)
+
+
+def test_what_only_speaks_dlpack_is_an_array():
+    class Foreign:
+        """As an array of another library, which NumPy knows by this protocol alone."""
+
+        def __dlpack__(self, **options):
+            return numpy.arange(3.0).__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return 1, 0
+
+    found = TypeAdapter(Annotated[Any, ArraySpec("float64", ("n",))]).validate_python(Foreign())
+    assert found.tolist() == [0, 1, 2]
+    with pytest.raises(ValidationError, match="expected int64 of any shape, found float64"):
+        TypeAdapter(Annotated[Any, ArraySpec("int64")]).validate_python(Foreign())

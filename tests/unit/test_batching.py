@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from actors.batching import batch_of, batched, run_batch
+from actors.batching import batch_of, batched, run_batch, run_prepared
 from actors.journal import MAX_TASKS
 
 
@@ -130,3 +130,16 @@ def test_string_annotations_are_resolved():
 
     assert inspect.signature(body).parameters["numbers"].annotation is int
     assert inspect.signature(body).return_annotation is float
+
+
+def test_items_that_cannot_be_prepared_have_their_errors_and_the_others_their_results():
+    def half(number, item):
+        if item % 2:
+            raise ValueError(f"{number} is odd")
+        return item // 2
+
+    results = run_prepared([2, 3, 8], half, lambda good: [each * 10 for each in good], (ValueError,))
+    assert [results[0], results[2]] == [10, 40] and str(results[1]) == "1 is odd"
+    assert [str(each) for each in run_prepared([1], half, lambda good: 1 / 0, (ValueError,))] == ["0 is odd"]
+    with pytest.raises(ValueError, match="1 is odd"):
+        run_prepared([2, 3], half, list, (TypeError,))
