@@ -96,7 +96,7 @@ def two(s, tmp_path):
 
 
 def keys(redis_server):
-    return sorted(redis_server.client.keys("*bridge-data-*"))
+    return set(redis_server.client.keys("*bridge-data-*"))
 
 
 def held(actors):
@@ -131,7 +131,7 @@ def test_what_crosses_redis_does_not_grow_with_the_arrays(s, redis_server):
         sizes[count] = sum(after[name] - before[name] for name in ("total_net_input_bytes", "total_net_output_bytes"))
         middle = [len(stored(redis_server, each)) for each in (last.parent, last.parent.parent)]
         assert max(middle) < 900, "a result of 8 MB is a few hundred bytes in Redis"
-    assert keys(redis_server) == kept
+    assert keys(redis_server) <= kept
     assert sizes[COUNT] < 200_000, f"against 8 MB, four times: {sizes}"
 
 
@@ -177,18 +177,18 @@ def test_a_chord_of_arrays_on_two_actors_runs_where_most_bytes_are(s, two, actor
     small, large = two(1000, COUNT)
     pid, sums = s.joined([small, large]).delay().get(**GET)
     assert pid == pid_of(actors, large) and sums == [1000.0**2, float(COUNT) ** 2]
-    wait_for(lambda: keys(redis_server) == before, "what was fetched for it to be deleted")
+    wait_for(lambda: keys(redis_server) <= before, "what was fetched for it to be deleted")
     folder = tmp_path / "chord"
     folder.mkdir()
     header = [s.made_together(str(folder), str(n), 2, count) for n, count in enumerate((2000, 30))]
     assert chord(header)(s.joined()).get(**GET)[1] == [900.0, 2000.0**2]
-    wait_for(lambda: keys(redis_server) == before, "what was fetched for it to be deleted")
+    wait_for(lambda: keys(redis_server) <= before, "what was fetched for it to be deleted")
 
 
 def test_an_empty_array_of_another_actor_comes_too(s, two, redis_server):
     before = keys(redis_server)
     assert s.joined(two(0, 7)).delay().get(**GET)[1] == [0.0, 49.0]
-    wait_for(lambda: keys(redis_server) == before, "what was fetched for it to be deleted")
+    wait_for(lambda: keys(redis_server) <= before, "what was fetched for it to be deleted")
 
 
 def test_batched_tasks_take_and_give_handles(s, two, redis_server):
@@ -199,7 +199,7 @@ def test_batched_tasks_take_and_give_handles(s, two, redis_server):
     assert [float(half.get().sum()) for half in halves] == [5000.0] * 3
     assert all(half.executor == a.executor and half.size_bytes == 800 for half in halves)
     assert float(s.halved(b).delay().get(**GET).get().sum()) == 20_000
-    assert keys(redis_server) == before
+    assert keys(redis_server) <= before
 
 
 def test_health_tells_what_is_held_and_delete_forgets_it(s, actors):
@@ -298,7 +298,7 @@ def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path, app):
     running = s.held_up(large, str(tmp_path)).delay()
     wait_for((tmp_path / "started").exists, "its start")
     waiting = s.joined([small, large]).delay()
-    wait_for(lambda: keys(redis_server) != before[1], "the small one to be fetched")
+    wait_for(lambda: not keys(redis_server) <= before[1], "the small one to be fetched")
     fetching = s.joined([large, small, *more]).delay()  # runs where the small ones are
     wait_for(lambda: fetching.id in {each["id"] for each in inspected(app, NAME, "reserved")}, "it to be taken")
     fetching.revoke()
@@ -310,7 +310,7 @@ def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path, app):
     for result in (waiting, running):
         with pytest.raises(TaskRevokedError):
             result.get(**GET)
-    wait_for(lambda: counts() == before, "nothing more to be held than before")
+    wait_for(lambda: (now := counts())[0] == before[0] and now[1] <= before[1], "nothing more to be held than before")
 
 
 def test_the_example_compares_both_ways(environment, ray_of_three, worker, tmp_path):
