@@ -42,9 +42,9 @@ from bridge.orders import (
 #: happens to find nothing else in hand still waits for company, or each would travel alone at a call's full price.
 _NEWEST_ARRIVAL = 0.1
 _CROWDED = 0.3
-#: A long call leaves this long before the foreseen end of the one ahead, in seconds: about what its way takes. So long
-#: after that end the foresight was wrong, and nothing is sent any more.
-LEAD_S = 0.005
+#: A long call leaves this long before the foreseen end of the one ahead, in seconds: what its way takes where the cores
+#: are busy, 2 to 3 ms else. So long after that end the foresight was wrong, and nothing is sent any more.
+LEAD_S = 0.015
 #: An actor whose calls should have been answered this long ago gets no more until they are, in seconds.
 OVERDUE_S = 0.05
 #: Work is shared out to idle actors in pieces no smaller than this, in seconds: a call costs about as much.

@@ -179,8 +179,9 @@ class World(RuleBasedStateMachine):
             assert call.estimate_s <= self.rules.call_budget_s * 1.000001
             assert all(each not in BATCHES and each != "new" for each, _, _ in tasks)
         ahead = [each for each in self.long_calls & self.calls.keys() if self.calls[each][0] == call.actor]
+        is_long = (self.scheduler.estimate_s(name) or 0.0) >= self.rules.call_budget_s
         for each in ahead:
-            foreseen = [name for name, *_ in tasks] == ["long"] and self.now >= self.ends[each] - LEAD_S - 1e-9
+            foreseen = is_long and self.now >= self.ends[each] - LEAD_S - 1e-9
             assert foreseen, "something is sent behind a long call that is not about to end"
         if call.estimate_s >= self.rules.call_budget_s:
             self.long_calls.add(call.call)
