@@ -92,6 +92,22 @@ def test_a_connection_cut_at_the_moment_of_delivery(server, desk, options):  # n
     assert list(noted(server.client)) == [one.received[0].delivery_tag]
 
 
+def test_the_descriptor_of_a_cut_connection_is_forgotten(server, desk):  # noqa: F811
+    """Its number is another's meanwhile, or nobody's; kombu looked for it when no more messages were wanted: EBADF."""
+    one = waits(desk(prefetch=1))
+    number = one.channel.client.connection._sock.fileno()
+    one.channel.client.connection.disconnect()
+    with contextlib.ExitStack() as files:
+        while files.enter_context(open(os.devnull)).fileno() < number:  # the next connection gets another number
+            pass
+        publish(server.url, range(2))
+        one.channel.brpop_timeout = 0.05
+        assert one.drain() == [0]
+    assert not one.turn(), "it has as many as it may"
+    one.received[0].ack()
+    assert one.drain() == [0, 1]
+
+
 def test_a_connection_cut_before_the_answer_is_read(server, desk):  # noqa: F811
     one = waits(desk())
     publish(server.url, range(4))
