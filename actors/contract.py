@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 7
+PROTOCOL = 8
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -243,6 +243,7 @@ class StoreConfig(NamedTuple):
     keep_s: float = 3600.0
     timeout_s: float = 10.0
     limit_bytes: int = 1 << 34  # one array, at most
+    inline_bytes: int = 65_536  # an array that a body wants sent travels inside the message up to this
 
 
 class Config(NamedTuple):

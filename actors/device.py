@@ -249,7 +249,9 @@ class CudaDevice:
         """A new CuPy array; of a large one each piece is on its way to the device while the next one comes in."""
         target = self._cupy.empty(shape, numpy.dtype(dtype).newbyteorder("="))
         if numpy.dtype(dtype).isnative and is_worth_it(target):
-            self._copies.fill(target, pieces)
+            start = 0
+            for piece in pieces:
+                start = self._copies.fill(target, start, piece)
             return target
         return self._cupy.asarray(_received(pieces, shape, dtype))
 

@@ -7,20 +7,32 @@ its class. Celery delivers class and ``args`` of such a one, so these travel her
 import io
 import pickle
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
-def dumps(value: Any) -> bytes:
-    """Pickle a value; exceptions in it that would not survive are taken apart and rebuilt without ``__init__``."""
+def dumps(value: Any, reduce: Callable[[Any], Any] | None = None) -> bytes:
+    """Pickle a value; exceptions in it that would not survive are taken apart and rebuilt without ``__init__``.
+
+    Args:
+        value: anything.
+        reduce: asked about whatever is not in an exception, as `pickle.Pickler.reducer_override`.
+    """
     buffer = io.BytesIO()
-    _Pickler(buffer, 5).dump(value)
+    pickler = _Pickler(buffer, 5)
+    pickler.reduce = reduce
+    pickler.dump(value)
     return buffer.getvalue()
 
 
 class _Pickler(pickle.Pickler):
+    reduce: Callable[[Any], Any] | None
+
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, BaseException) or _survives(value):
-            return NotImplemented
+        if not isinstance(value, BaseException):
+            return self.reduce(value) if self.reduce else NotImplemented
+        if _survives(value):
+            return (pickle.loads, (pickle.dumps(value, 5),)) if self.reduce else NotImplemented
         state = {name: each for name, each in vars(value).items() if _survives(each)}
         return _rebuild, (type(value), tuple(each if _survives(each) else repr(each) for each in value.args), state)
 

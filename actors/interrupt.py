@@ -39,9 +39,29 @@ class Interrupter:
 
     def __init__(self, journal: Journal, entry: CodeType) -> None:
         self._journal = journal
-        self._entry = entry  # the frame that calls bodies: shielding looks no further up
+        self._entries = (
+            entry,
+            Interrupter.reach.__code__,
+        )  # frames that call what may end: shielding looks no further up
         self.serial = 0  # of the body that runs now; 0 while none does
         signal.signal(INTERRUPT_SIGNAL, self._on_signal)
+
+    def reach(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call what may wait for long in the name of the body that runs or has just ended: interrupts reach it, too.
+
+        What has reached the body already does not come again.
+
+        Raises:
+            SoftTimeLimitExceeded, Cancelled: it was interrupted.
+        """
+        before, running = self.serial, self._journal.running()
+        self.serial = before or (running.serial if running else 0)
+        try:
+            return call(*args)
+        finally:
+            self.serial = before
+            if not before:
+                sys.settrace(None)
 
     def _on_signal(self, _number: int, frame: FrameType | None) -> None:
         serial, reason = self._journal.wanted()
@@ -59,13 +79,13 @@ class Interrupter:
         """The innermost frame outside all shielded ones, up to the executor's entry."""
         safe: FrameType | None = frame
         current: FrameType | None = frame
-        while current is not None and current.f_code is not self._entry:
+        while current is not None and current.f_code not in self._entries:
             if current.f_code is _enter_loader.__code__ and safe is not current:
                 return safe  # its caller, which holds a lock, lets go of it when the exception comes by
             if _is_shielded(current):
                 safe = current.f_back
             current = current.f_back
-        if current is None or safe is None or safe.f_code is self._entry:
+        if current is None or safe is None or safe.f_code in self._entries:
             return None  # between bodies, or in the executor's own code: nothing of the user's runs
         return safe
 

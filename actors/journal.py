@@ -73,6 +73,12 @@ class Journal:
         _SERIAL.pack_into(self._map, 0, self._serial)
         return self._serial
 
+    def begin_again(self) -> None:
+        """What runs gets another serial: an interrupt that it has had may come once more."""
+        running = self.running()
+        if running is not None:
+            self.begin(running.first, running.size, running.started_ns)
+
     def end(self) -> None:
         """Note that no body runs."""
         _SERIAL.pack_into(self._map, 0, 0)

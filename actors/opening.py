@@ -1,11 +1,12 @@
 """In the executor: arrays that came by reference are fetched and put on the device, and results go the same way back.
 
 What goes wrong is that task's error. Arguments are fetched inside the body's frame, so that limits and cancellation
-hold; results are stored after it, and there they do not. Only tasks whose arguments were found to hold an array when
+hold; results are stored after it, and they hold there, too. Only tasks whose arguments were found to hold an array when
 they were unpickled pay anything for this.
 """
 
 import inspect
+import math
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from actors.device import is_device_array
 from actors.device_api import Device
 from actors.errors import DataError, HandleLost, PayloadInvalid, problem
 from actors.handles import DeviceArray
+from actors.lists import KINDS
 from actors.stores import Stores
 from actors.unopened import Unopened
 
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 
 
 class Opener:
-    """Between stores and device; one per executor."""
+    """Between stores and device; one per executor. What may wait for a store is called through `reach`."""
 
-    def __init__(self, app: Any, config: Config, device: Device) -> None:
+    def __init__(self, app: Any, config: Config, device: Device, reach: Callable[..., Any]) -> None:
         self.stores = Stores(app, config.stores)
+        self._reach = reach
+        self._most_inside = config.stores.inline_bytes if app.conf.task_serializer == "json" else math.inf
         self._device = device
         self._actor = config.actor
         self._keep_s = config.keep_s
@@ -146,7 +150,7 @@ class Opener:
             self._device.synchronize()  # the next body may be on another stream
             name = results.put(array, self._keep_s)
             self._kept.append(name)
-            copy = self.stores.put(self._device.to_host(array), self._copy_keep_s) if with_copy else None
+            copy = self._put(array, self._copy_keep_s) if with_copy else None
             handle = DeviceArray(
                 id=name, actor=self._actor, executor=results.executor, dtype=array.dtype.str, shape=array.shape,
                 size_bytes=array.nbytes, expires_at=time.time() + self._keep_s, kept=copy, route=route,
@@ -166,13 +170,34 @@ class Opener:
         """Handles and references made for the last value, pickled; not those that the body was given."""
         return pickle.dumps(self._made, 5) if self._made else b""
 
+    def in_message(self, value: Any) -> Any:
+        """How pickle is to reduce what a body wants sent: a large array to a reference, any other to one of NumPy's.
+
+        The driver, which sends it, must not wait for a store.
+
+        Raises:
+            DataRefused, StoreUnavailable: as their docstrings say.
+        """
+        is_ours = is_device_array(value)
+        if not is_ours and (type(value) is not numpy.ndarray or value.nbytes <= self._most_inside):
+            return NotImplemented
+        if value.dtype.kind not in KINDS:
+            return NotImplemented
+        if value.nbytes > self._most_inside:
+            return ArrayRef.model_validate, (self._put(value).model_dump(),)
+        return numpy.asarray, (self._device.to_host(value),)
+
+    def _put(self, array: Any, keep_s: float | None = None) -> ArrayRef:
+        ref: ArrayRef = self._reach(self.stores.put, self._device.to_host(array), keep_s)
+        return ref
+
     def _stored(self, array: Any) -> ArrayRef:
-        ref = self.stores.put(self._device.to_host(array))
+        ref = self._put(array)
         self._made.append(ref)
         return ref
 
     def _stored_bytes(self, data: bytes) -> BlobRef:
-        ref = self.stores.put_bytes(data)
+        ref: BlobRef = self._reach(self.stores.put_bytes, data)
         self._made.append(ref)
         return ref
 

@@ -7,7 +7,7 @@ Never imports CuPy: `actors/device.py` passes it in. Interrupts wait until a cop
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy
@@ -55,19 +55,21 @@ class PinnedCopies:
                 slab.copied.record(stream)
         return target
 
-    def fill(self, target: Any, pieces: Iterable[Any]) -> None:
-        """Fill a C-contiguous device array with bytes that come in pieces; the lock is free while one is waited for."""
-        stream, flat, start = self._cupy.cuda.get_current_stream(), _as_bytes(target), 0
-        for whole in pieces:
-            source = numpy.frombuffer(whole, numpy.uint8)
-            for first, last in _pieces(source.nbytes):
-                with self._lock:
-                    slab = self._next_slab()
-                    piece = slab.bytes[: last - first]
-                    piece[:] = source[first:last]
-                    flat[start : start + piece.nbytes].set(piece, stream=stream)
-                    slab.copied.record(stream)
-                start += piece.nbytes
+    def fill(self, target: Any, start: int, piece: Any) -> int:
+        """Put bytes into a C-contiguous device array, from byte `start` on; where the next ones go.
+
+        One piece at a time: who waits for pieces is not in here, so that an interrupt reaches it.
+        """
+        stream, flat = self._cupy.cuda.get_current_stream(), _as_bytes(target)
+        source = numpy.frombuffer(piece, numpy.uint8)
+        for first, last in _pieces(source.nbytes):
+            with self._lock:
+                slab = self._next_slab()
+                staged = slab.bytes[: last - first]
+                staged[:] = source[first:last]
+                flat[start + first : start + last].set(staged, stream=stream)
+                slab.copied.record(stream)
+        return start + source.nbytes
 
     def to_host(self, array: Any) -> "numpy.ndarray[Any, Any]":
         """A NumPy array with the contents of a C-contiguous device array, complete when this returns."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from celery import _state as celery_state
 from celery.app.task import Context
+from celery.exceptions import SoftTimeLimitExceeded
 
 from actors import arrays, closed, device_results, outcomes, residents, unopened
 from actors.admission import Admission
@@ -33,13 +34,13 @@ from actors.contract import (
 from actors.device_api import Device, Stream
 from actors.errors import DataError
 from actors.exceptions import clear_frames
-from actors.interrupt import Interrupter
+from actors.interrupt import Cancelled, Interrupter
 from actors.journal import Journal
 from actors.logs import LogCapture
 from actors.opening import Opener, use
 from actors.release import LoadedTask, connection_closer, load_tasks
 from actors.sizes import readable
-from actors.wishes import Wishes
+from actors.wishes import ReplaceWanted, RetryWanted, Wishes
 
 #: What to do about a result that there is no room for.
 TOO_FULL = (
@@ -86,7 +87,8 @@ class Runner:
         """Run bodies on this device."""
         self._device = device
         self._admission = Admission(device, residents.shared, device_results.shared)
-        self._opener = Opener(self._app, self._config, device)
+        self._opener = Opener(self._app, self._config, device, self._interrupter.reach)
+        self._wishes.reduce = self._opener.in_message
         use(self._opener)
         arrays.opener = self._opener.stores.get
 
@@ -285,8 +287,8 @@ class Runner:
         try:
             self._wishes.add_traces(request, before)
             wishes = self._wishes.take()
-        except Exception as raised:  # it has asked for what cannot be sent
-            value, error = None, error or raised
+        except (Exception, Cancelled) as raised:  # it has asked for what cannot be sent
+            value, error = None, raised if error is None or isinstance(error, RetryWanted | ReplaceWanted) else error
         self.close_connections()
         if used or error is None:
             self._note_used(loaded, used)
@@ -355,8 +357,10 @@ class Runner:
             return failed._replace(logs=logs, wishes=wishes)
         try:
             value = self._sendable(item, loaded, result)
-        except DataError as error:  # the store has not taken it: the task's own error, by which it may be sent again
+        except (DataError, SoftTimeLimitExceeded, Cancelled) as error:  # the store has not taken it, or not in time
             self._opener.undo()
+            if not isinstance(error, DataError):
+                self._journal.begin_again()  # the limit is every result's of a shared run
             failed = outcomes.failure(token, error, Runner._enter_body.__code__, False, result.run_s)
             return failed._replace(logs=logs, wishes=wishes)
         except Exception as error:

@@ -10,7 +10,7 @@ import posixpath
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class RedisStore:
         try:
             for number, key in enumerate(self._keys(name, data.nbytes)):
                 piece = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
-                self._client.set(key, piece, px=max(1, round(keep_s * 1000)))
+                self._ask(self._client.set, key, piece, px=max(1, round(keep_s * 1000)))
         except redis.RedisError as error:
             if isinstance(error, redis.ResponseError):  # it answers: what it has taken goes at once
                 self._forget(name, data.nbytes)
@@ -98,7 +98,7 @@ class RedisStore:
         """As `Store.read`."""
         for key in self._keys(_name(url), _known(url, size_bytes)):
             try:
-                piece = self._client.get(key)
+                piece = self._ask(self._client.get, key)
             except redis.RedisError as error:
                 raise StoreUnavailable(f"Redis did not answer: {_text(error)}") from error
             if piece is None:
@@ -111,6 +111,20 @@ class RedisStore:
             self._client.unlink(*self._keys(_name(url), _known(url, size_bytes)))
         except redis.RedisError as error:
             raise StoreUnavailable(f"Redis did not answer: {_text(error)}") from error
+
+    def _ask(self, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What Redis answers.
+
+        Raises:
+            redis.RedisError: as the client says.
+        """
+        try:
+            return command(*args, **options)
+        except redis.RedisError:
+            raise
+        except BaseException:  # an interrupt, perhaps before the answer was read, which would be the next question's
+            self._client.connection_pool.disconnect()
+            raise
 
     def _forget(self, name: str, size_bytes: int) -> None:
         """What has been written of data that were not taken; it expires in any case."""

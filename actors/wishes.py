@@ -50,6 +50,7 @@ class Wishes:
 
     def __init__(self, tell: Callable[[bytes], None]) -> None:
         self._tell = tell
+        self.reduce: Callable[[Any], Any] | None = None  # how arrays travel in what is wished; see `exceptions.dumps`
         self._wishes: list[Wish | Children | RequestChanges] = []
 
     def install(self, task: Any) -> None:
@@ -73,10 +74,10 @@ class Wishes:
         if not self._wishes:
             return b""
         wishes, self._wishes = self._wishes, []
-        return dumps(wishes)
+        return dumps(wishes, self.reduce)
 
     def _tell_now(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tell(dumps([Wish(method, args, kwargs)]))
+        self._tell(dumps([Wish(method, args, kwargs)], self.reduce))
 
     def _record(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._wishes.append(Wish(method, args, kwargs))

@@ -206,8 +206,9 @@ class Settings(BaseSettings):
     def stores(self) -> StoreConfig:
         """Where large data lie, as executors are told."""
         return StoreConfig(
-            self.data_url, tuple(self.data_roots), self.data_keep_s, self.data_timeout_s, self.data_limit_bytes
-        )
+            self.data_url, tuple(self.data_roots), self.data_keep_s, self.data_timeout_s, self.data_limit_bytes,
+            self.data_inline_bytes,
+        )  # fmt: skip
 
     def namespace_of(self, app: Any) -> str:
         """The namespace of an app's workers: as set, or of the app's name."""

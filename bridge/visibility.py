@@ -131,9 +131,10 @@ class RenewingPoller(stock.MultiChannelPoller):
         Left in its table, it is taken from the poller when the consumer is at its limit: EBADF, or another's is gone.
         """
         super()._on_connection_disconnect(connection)
-        gone = {(channel, kind) for channel, client, kind in self._chan_to_sock if client.connection is connection}
-        self._chan_to_sock = {who: sock for who, sock in self._chan_to_sock.items() if (who[0], who[2]) not in gone}
-        self._fd_to_chan = {fd: who for fd, who in self._fd_to_chan.items() if who not in gone}
+        sockets, channels = self._chan_to_sock, self._fd_to_chan  # type: ignore[has-type]
+        gone = {(channel, kind) for channel, client, kind in sockets if client.connection is connection}
+        self._chan_to_sock = {who: sock for who, sock in sockets.items() if (who[0], who[2]) not in gone}
+        self._fd_to_chan = {fd: who for fd, who in channels.items() if who not in gone}
 
     def start_renewing(self, timer: Any, on_lost: Callable[[list[Any]], None], is_busy: Callable[[], bool]) -> None:
         """Renew on the worker's timer until the connection is closed.

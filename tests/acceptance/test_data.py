@@ -291,8 +291,10 @@ def test_once_costs_no_other_task_its_data(app, send, redis_server):
     assert waiting.get(**GET) == 10
 
 
-def test_what_a_body_asks_celery_to_send_travels_inside(send, redis_server):
-    """The driver sends it, and must not wait for a store."""
+def test_what_a_body_asks_celery_to_send_goes_by_reference_when_it_is_large(send, redis_server):
+    """Its executor has put it: the driver, which sends it, must not wait for a store."""
     before = keys(redis_server)
-    assert send("doubles_again", 20_000).get(**GET) == 40_000
+    assert send("doubles_again", 20).get(**GET) == 40
     assert new_keys(redis_server, before) == set()
+    assert send("doubles_again", 20_000).get(**GET) == 40_000
+    assert len(new_keys(redis_server, before)) == 1

@@ -128,7 +128,9 @@ def test_a_body_s_host_array_is_complete_on_the_device_before_it_is_held(gpu, mo
     held = []
     monkeypatch.setattr(DeviceResults, "put", lambda *_: held.append(gpu.is_copying) or "ab")
     config = Config(Release("r", "lab:app", "", (), "", (), (), ()), "cpu", "90%", 30, 1000, "50%")
-    Opener(Celery("lab", broker="memory://", set_as_current=False), config, gpu).kept(numpy.ones(3), False, ("", ""))
+    Opener(Celery("lab", broker="memory://", set_as_current=False), config, gpu, lambda call, *args: call(*args)).kept(
+        numpy.ones(3), False, ("", "")
+    )
     assert held == [False]
 
 

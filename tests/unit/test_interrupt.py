@@ -10,10 +10,13 @@ import threading
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
-from actors import residents
+from actors import pinned, residents
 from actors.contract import INTERRUPT_SIGNAL, Reason
+from actors.device import CudaDevice
 from actors.interrupt import Cancelled, Interrupter
 from actors.journal import Journal
+from actors.pinned import PinnedCopies
+from tests.unit.test_pinned import FakeCupy
 
 
 class Executor:
@@ -326,3 +329,19 @@ def test_bookkeeping_of_residents_is_finished_before_the_body_is_interrupted(exe
     assert loads == [argument] and argument.seen >= 2, "looked up, loaded and kept"
     assert after == []
     assert list(residents.shared.sizes()), "kept"
+
+
+def test_who_waits_for_the_rest_of_an_array_on_its_way_to_a_gpu_is_reached(executor, monkeypatch):
+    """Buffers of pinned memory are shielded, the wait for a store is not."""
+    monkeypatch.setattr(pinned, "LEAST_BYTES", 1)
+    gpu, fake, came = CudaDevice.__new__(CudaDevice), FakeCupy(), []
+    gpu._cupy, gpu._copies = fake, PinnedCopies(fake)
+
+    def pieces():
+        yield bytes(8)
+        executor.interrupt()
+        came.append("the second")
+        yield bytes(8)
+
+    error = executor.run(lambda: gpu.receive(pieces(), (16,), "|u1"))
+    assert isinstance(error, SoftTimeLimitExceeded) and not came
