@@ -29,6 +29,7 @@ from actors.handles import DeviceArray
 from actors.lists import KINDS
 from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
+from bridge import unread
 from bridge.errors import HandleLost
 from bridge.settings import settings
 
@@ -180,8 +181,13 @@ def _encoded(value: Any) -> Any:
 def _decoded(value: Any) -> Any:
     """A form, or in a producer the array or the bytes; there a handle stays one, so that it can be sent on."""
     form = as_form(value)
-    stays = arrays.keeps_forms or (isinstance(form, DeviceArray) and not _is_child)
-    return form if stays or not isinstance(form, Form) else form.get()
+    if arrays.keeps_forms or not isinstance(form, Form) or unread.wait_for_the_whole():
+        return form
+    return _value_of(form)
+
+
+def _value_of(form: Form) -> Any:
+    return form if isinstance(form, DeviceArray) and not _is_child else form.get()
 
 
 @cache
@@ -197,6 +203,7 @@ for _type in (numpy.ndarray, Inline, ArrayRef, DeviceArray):
     register_type(_type, MARKER, _encoded, _decoded)
 for _form_type in (InlineBytes, BlobRef):
     register_type(_form_type, BLOB_MARKER, _encoded, _decoded)
+unread.adopt(_value_of, lambda: _is_child)
 arrays.opener = lambda ref, most_bytes=None: _stores().get(ref, most_bytes)
 handles.fetcher = lambda handle: _of_device(_stores(), handle)
 _is_child = False  # of a worker: what it gets is for a body

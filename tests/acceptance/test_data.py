@@ -9,7 +9,7 @@ import threading
 
 import numpy
 import pytest
-from kombu.exceptions import DecodeError
+from celery.result import ResultSet
 
 from bridge import data, errors
 from bridge.data import Inline
@@ -118,14 +118,49 @@ def test_a_cpu_task_gets_the_value(app, send):
     s = {name: app.tasks[f"tests.apps.data.{name}"].s for name in ("doubled", "on_cpu", "total")}
     values = numpy.arange(50_000.0)
     assert (s["doubled"](values) | s["on_cpu"]()).apply_async().get(**GET) == ["ndarray", 2 * values.sum()]
-    ref = data.put(values)
-    assert send("on_cpu", ref).get(**GET) == ["ndarray", values.sum()]
-    data.delete(ref)
-    with pytest.raises(DecodeError, match="DataLost"):  # kombu wraps it, here and in a producer that reads a result
-        send("on_cpu", ref).get(**GET)
+    assert send("on_cpu", data.put(values)).get(**GET) == ["ndarray", values.sum()]
+    assert send("on_cpu", values=data.put(values)).get(**GET) == ["ndarray", values.sum()]
     assert send("on_cpu", [1.0]).get(**GET) == ["list", 1]
     chained = (s["doubled"](values) | s["doubled"]() | s["total"]()).apply_async()
     assert chained.get(**GET) == 4 * values.sum()
+
+
+@pytest.mark.parametrize("name", ["", "values"])
+def test_a_cpu_task_whose_data_are_lost_fails_with_that_error(send, name):
+    """In the place of its body; what follows it hears of it, and the worker goes on."""
+    lost = data.put(numpy.ones(10))
+    data.delete(lost)
+    result = send("on_cpu", **{name: lost}) if name else send("on_cpu", lost)
+    with pytest.raises(errors.DataLost, match="is not in Redis"):
+        result.get(**GET)
+    assert result.state == "FAILURE" and result.traceback
+    assert send("on_cpu", [1.0]).get(**GET) == ["list", 1]
+
+
+def test_only_what_a_cpu_task_takes_is_read_for_it(app, send, redis_server):
+    """Not what waits for later tasks of its chain, which stays where it is."""
+    s = {name: app.tasks[f"tests.apps.data.{name}"].s for name in ("on_cpu", "later")}
+    ref = data.put(numpy.ones(50_000))
+    before = keys(redis_server)
+    assert (s["on_cpu"]([1.0]) | s["later"](ref)).apply_async().get(**GET) == 50_000
+    assert new_keys(redis_server, before) == set()
+
+
+def test_a_result_whose_data_are_lost_is_that_error_and_no_others(app, send, redis_server):
+    """In the middle of others, and also when it is asked about again."""
+    values = numpy.arange(50_000.0)
+    good, bad = send("doubled", values), send("doubled", values)
+    wait_for(lambda: all(redis_server.client.get(f"celery-task-meta-{each.id}") for each in (good, bad)), "both")
+    stored = json.loads(redis_server.client.get(f"celery-task-meta-{bad.id}"))
+    data.delete(stored["result"]["__value__"])
+    group = ResultSet([app.AsyncResult(each.id) for each in (good, bad)])
+    with pytest.raises(errors.DataLost, match="is not in Redis"):
+        group.get(**GET)
+    assert isinstance(group.get(propagate=False, **GET)[1], errors.DataLost)
+    for _ in range(2):
+        with pytest.raises(errors.DataLost):
+            bad.get(**GET)
+    assert (good.get(**GET) == 2 * values).all()
 
 
 def test_data_meant_for_one_task_go_when_it_has_ended(send, redis_server):

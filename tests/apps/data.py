@@ -75,6 +75,11 @@ def on_cpu(values) -> list:
     return [type(values).__name__, float(numpy.asarray(values).sum())]
 
 
+@app.task
+def later(before, values) -> float:
+    return float(values.sum())
+
+
 @app.task(gpu=True, bind=True, max_retries=1)
 def again(self, values: Floats, countdown: float = 0.0) -> float:
     if not self.request.retries:

@@ -13,7 +13,7 @@ from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
 from actors.arrays import ArrayRef, ArraySpec
-from actors.contract import ActorState, FailureKind, Reason, StoreConfig, Succeeded
+from actors.contract import ActorState, FailureKind, StoreConfig, Succeeded
 from actors.stores import Stores
 from actors.unopened import Unopened
 from bridge.errors import StoreUnavailable
