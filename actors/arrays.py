@@ -216,10 +216,10 @@ class ArraySpec(NamedTuple):
         if isinstance(form, Unopened):
             return form
         if isinstance(form, Described):
-            self.check(form.dtype, form.shape)
-            unopened = Unopened(self, form)
             if isinstance(form, ArrayRef) and form.once:
                 seen_once.append(form)
+            self.check(form.dtype, form.shape)
+            unopened = Unopened(self, form)
         else:
             unopened = Unopened(self, self.read(form))
         return unopened if passes_on else unopened.open()

@@ -99,9 +99,9 @@ class BlobSpec:
         form = self._form_of(value)
         if isinstance(form, Unopened):
             return form
-        self._look_at(form)
         if isinstance(form, BlobRef) and form.once:
             arrays.seen_once.append(form)
+        self._look_at(form)
         unopened = Unopened(self, form)
         return unopened if arrays.passes_on else unopened.open()
 

@@ -48,8 +48,8 @@ def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> Array
     Args:
         array: NumPy's, or what `numpy.asarray` makes one of.
         keep_s: it is there for so long in Redis; default BRIDGE_DATA_KEEP_S. It must outlive the task's wait and run.
-        once: delete it when the first GPU task that takes it as an annotated argument has succeeded or failed and is
-            not retried. What a task leaves that was revoked, timed out or lost its worker expires.
+        once: delete it when the first GPU task that takes it as an annotated argument has ended and is not retried;
+            also one that was revoked or has expired. What is left to expire: docs/decisions/0029.
 
     Raises:
         ValueError: not an array of numbers.

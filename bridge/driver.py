@@ -22,7 +22,6 @@ from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
 from billiard.pool import MaybeEncodingError
 from celery.concurrency.prefork import process_destructor, process_initializer
-from celery.exceptions import Ignore, Reject, Retry
 from kombu.serialization import prepare_accept_content
 
 from actors import arrays
@@ -47,6 +46,7 @@ from actors.handles import DeviceArray
 from bridge import link as messages
 from bridge.auth import use_token
 from bridge.blame import Blame
+from bridge.discards import is_final
 from bridge.errands import ENDED, NOT_HEARD_OF, Errands
 from bridge.errors import (
     BridgeError,
@@ -234,6 +234,8 @@ class Driver:
                 case messages.Flush():
                     for task in list(self._tasks.values()):
                         self._give_back(task)
+                case messages.Discard(refs=refs):
+                    self._ledger.discard(refs)
                 case messages.RestartActors():
                     self._fleet.restart_actors()
                 case messages.Stop():
@@ -507,8 +509,8 @@ class Driver:
         self._by_token.pop(task.token, None)
         self._send(message)
         self._discard_refs(task)
-        # Not of one that was revoked: at a shutdown that looks the same here, and it is delivered again.
-        if task.once and isinstance(message, messages.Done) and not _goes_on(message.result):
+        acks_on_timeout = getattr(self._app.tasks.get(task.run.task), "acks_on_timeout", True)
+        if task.once and is_final(message, self._blame.standing(task), acks_on_timeout):
             self._ledger.discard(task.once)
 
     # ---- outcomes
@@ -707,13 +709,6 @@ def rule_of(mark: Mark) -> TaskRule:
     batch, gpu = mark.batch, mark.gpu
     size, wait_s = (batch.max_size, batch.max_wait_s) if batch else (0, 0.0)
     return TaskRule(size, wait_s, gpu.streams, gpu.memory or 0, gpu.accelerator or "")
-
-
-def _goes_on(result: Any) -> bool:
-    """Whether a task has another run before it, by what Celery's tracer has returned."""
-    failed, value, _ = result
-    error = value.exception if failed else None  # billiard has wrapped it
-    return isinstance(getattr(error, "exc", error), Retry | Ignore | Reject)
 
 
 def _only_logs(news: Pending) -> Pending:

@@ -65,6 +65,10 @@ class Drivers:
         """Let a driver restart the actors, one at a time; False while there is no driver."""
         return any(each.restart_actors() for each in self._all)
 
+    def discard(self, refs: tuple[Any, ...]) -> bool:
+        """Let a driver delete data by reference; False while there is none, and then they expire."""
+        return any(each.discard(refs) for each in self._all)
+
     def apply(self, run: dict[str, Any], callbacks: dict[str, Any]) -> GpuRequest:
         """Send a request to a driver. Whatever pickling it raises passes through, and nothing is kept."""
         return self._choose(run["task"]).apply(run, callbacks)

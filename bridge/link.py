@@ -60,6 +60,13 @@ class RestartActors(NamedTuple):
     serial: int = 0
 
 
+class Discard(NamedTuple):
+    """Worker to driver: delete these data; the task they were for has ended without a driver."""
+
+    refs: tuple[Any, ...]
+    serial: int = 0
+
+
 class Stop(NamedTuple):
     """Worker to driver: end."""
 

@@ -17,6 +17,7 @@ from kombu.utils.imports import symbol_by_name
 from bridge import control, data  # noqa: F401 - register remote commands and types of messages
 from bridge.banner import Progress, gpu_banner
 from bridge.consumer import hybrid_autoscaler, hybrid_consumer
+from bridge.discards import once_in
 from bridge.drivers import Drivers
 from bridge.errors import StartupError, TransportUnsupported
 from bridge.marks import MAPS, is_gpu, marks_of
@@ -67,6 +68,7 @@ class HybridPool(TaskPool):
                 self.gpu.start([*self.marks, *MAPS])
                 with Progress() as progress:
                     self.gpu.wait_until_ready(lambda text: self._show(progress, text))
+            signals.task_revoked.connect(self._discard_what_was_for)
             self.vitals.starts("connecting to the broker")
         except StartupError as error:
             self.gpu.kill()
@@ -134,6 +136,11 @@ class HybridPool(TaskPool):
         return [fd for fd in known if self._hub is not None and fd in self._hub.readers]
 
     # ---- tasks
+
+    def _discard_what_was_for(self, sender: Any = None, request: Any = None, **_: Any) -> None:
+        """A GPU task that was revoked, has expired or was terminated is over, whether or not a driver had it."""
+        if sender is not None and sender.name in self.marks and (refs := once_in([request.args, request.kwargs])):
+            self.gpu.discard(refs)
 
     def is_gpu(self, request: Any) -> bool:
         """Whether a request of the worker is a GPU task."""

@@ -26,6 +26,7 @@ from bridge.errors import ActorNotReady, GpuOutOfMemory, StartupError
 from bridge.link import (
     Accepted,
     Cancel,
+    Discard,
     Done,
     Ended,
     Flush,
@@ -230,6 +231,13 @@ class DriverSupervisor:
         if self._link is None:
             return False
         self._send(RestartActors())
+        return True
+
+    def discard(self, refs: tuple[Any, ...]) -> bool:
+        """Let the driver delete data by reference; False while there is no driver."""
+        if self._link is None or self._stopping:
+            return False
+        self._send(Discard(refs))
         return True
 
     def kill(self) -> None:

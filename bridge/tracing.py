@@ -177,11 +177,10 @@ class Tracing:
         ):
             return original(*args, **kwargs)  # a hook or an error callback calls a task as a function
         tracer.forwarded = True
+        task = tracer.task
+        _take_once(task)
         if tracer.refusal is not None:
             raise _final(celery_task, tracer.refusal)
-        task = tracer.task
-        task.once = arrays.seen_once.copy()
-        arrays.seen_once.clear()  # or the next task, should nobody check it, would delete them
         request = vars(celery_task.request)
         task.stays = name in self._staying and may_stay(request, self._marks)
         task.payload = _payload(args, kwargs, request, task)
@@ -218,6 +217,12 @@ class Tracing:
             self._answer(task, Ended(run.serial, einfo(error)))
         else:
             self._answer(task, Done(run.serial, result))
+
+
+def _take_once(task: TracedTask) -> None:
+    """What the check has just seen is this task's; the next one, should nobody check it, would delete it."""
+    task.once = arrays.seen_once.copy()
+    arrays.seen_once.clear()
 
 
 class _Final(BaseException):
@@ -308,7 +313,12 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(tracer, _Tracer) and closed.is_closed(args, kwargs):
             tracer.checks_there = True
         else:
-            args, kwargs = check(args, kwargs)
+            try:
+                args, kwargs = check(args, kwargs)
+            except PayloadInvalid:
+                if isinstance(tracer, _Tracer):
+                    _take_once(tracer.task)  # it has been refused what was meant for it
+                raise
         return run(*args, **kwargs)
 
     checked.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]

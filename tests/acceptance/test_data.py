@@ -9,6 +9,8 @@ import threading
 
 import numpy
 import pytest
+from billiard.exceptions import TimeLimitExceeded
+from celery.exceptions import TaskRevokedError
 from celery.result import ResultSet
 
 from bridge import data, errors
@@ -172,6 +174,29 @@ def test_data_meant_for_one_task_go_when_it_has_ended(send, redis_server):
     assert send("again", once()).get(**GET) == 10  # kept while it is retried
     with pytest.raises(ValueError, match="as asked"):
         send("fails", once()).get(**GET)
+    wait_for(lambda: not new_keys(redis_server, before), "all of it to be deleted")
+
+
+def test_also_of_a_task_that_has_not_succeeded(app, send, redis_server):
+    """Refused, too late, past its hard limit, withdrawn before or while it ran."""
+
+    def once():
+        return data.put(numpy.ones(10), once=True)
+
+    before, stays = keys(redis_server), app.tasks["tests.apps.data.stays"]
+    with pytest.raises(errors.PayloadInvalid):
+        send("square", once()).get(**GET)
+    with pytest.raises(TaskRevokedError, match="expired"):
+        stays.apply_async((once(), 0), expires=-1).get(**GET)
+    with pytest.raises(TimeLimitExceeded):
+        stays.apply_async((once(), 60), time_limit=0.2).get(**GET)
+    running = send("stays", once(), 60)
+    wait_for(lambda: running.id in str(inspected(app, NAME, "active")), "it to start")
+    waiting = stays.apply_async((once().model_dump(mode="json"), 60), countdown=1)
+    app.control.revoke([running.id, waiting.id], terminate=True)
+    for each in (running, waiting):
+        with pytest.raises(TaskRevokedError):
+            each.get(**GET)
     wait_for(lambda: not new_keys(redis_server, before), "all of it to be deleted")
 
 

@@ -103,6 +103,11 @@ def slow(values: Floats, seconds: float = 0.0) -> float:
     return float(values.sum())
 
 
+@app.task(gpu=True)
+def stays(values: Floats, seconds: float) -> None:
+    time.sleep(seconds)
+
+
 @app.task(gpu=True, bind=True, max_retries=1)
 def doubles_again(self, values: object) -> float:
     if isinstance(values, int):

@@ -2,9 +2,18 @@
 
 import threading
 
+import pytest
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Retry
+
+from actors.arrays import ArrayRef
+from actors.blobs import BlobRef
 from bridge import discards
-from bridge.discards import Discards
-from bridge.errors import DataRefused
+from bridge.discards import Discards, is_final, once_in
+from bridge.errors import DataRefused, TaskPoisoned
+from bridge.link import Done, Ended, Flushed, TimedOut
+from bridge.tracing import einfo
+from bridge.verdicts import Standing
 from tests.support.services import wait_for
 
 
@@ -43,3 +52,44 @@ def test_a_store_that_hangs_blocks_nobody_and_one_that_fails_is_left_alone_for_a
     gate.set()
     wait_for(lambda: all_of_them._waiting.empty(), "the others to be let go")
     assert asked == ["first"] and "left to expire: OSError: away" in caplog.text
+
+
+def failed(error):
+    return Done(1, (True, einfo(error), 0.0))
+
+
+LATE = Standing(True, True, False, 2, 0, 0, False)
+EARLY = LATE._replace(acks_late=False)
+
+
+@pytest.mark.parametrize(
+    ("message", "task", "acks_on_timeout", "expected"),
+    [
+        (Done(1, (False, "value", 0.1)), LATE, True, True),
+        (failed(ValueError()), LATE, True, True),
+        (failed(Retry()), LATE, True, False),
+        (failed(TaskPoisoned("shop.norm", 2, "signal 11")), LATE, True, False),
+        (TimedOut(1, 1.0), LATE, True, True),
+        (TimedOut(1, 1.0), LATE, False, False),
+        (TimedOut(1, 1.0), EARLY, False, True),
+        (Ended(1, einfo(WorkerLostError())), EARLY, True, True),
+        (Ended(1, einfo(WorkerLostError())), LATE, True, False),
+        (Ended(1, einfo(WorkerLostError())), LATE._replace(reject_on_worker_lost=False), True, True),
+        (Ended(1, einfo(WorkerLostError())), EARLY._replace(retry_on_worker_lost=True), True, False),
+        (Ended(1, einfo(TimeLimitExceeded(1))), LATE, True, True),
+        (Ended(1, einfo(Terminated(15))), EARLY, True, False),
+        (Flushed(1), EARLY, True, False),
+    ],
+)
+def test_data_go_after_a_tasks_last_run(message, task, acks_on_timeout, expected):
+    assert is_final(message, task, acks_on_timeout) is expected
+
+
+def test_what_a_revoked_task_was_to_take_is_found_wherever_it_is():
+    array = ArrayRef(url="redis:" + "0" * 32, dtype="<f8", shape=(1,), size_bytes=8, once=True)
+    blob = BlobRef(url="redis:" + "1" * 32, size_bytes=8, once=True)
+    args = [array, {"deep": [blob.model_dump(mode="json")]}, array.model_copy(update={"once": False}), 3, "once"]
+    args += [{"kind": "ref", "once": True, "odd": 1}]
+    assert set(once_in([args, {"a": (blob,)}])) == {array, blob}
+    assert once_in([list(range(discards.MOST_OBJECTS)), [array]]) == (array,), "near the top it is found in any case"
+    assert once_in([[[array]], list(range(discards.MOST_OBJECTS))]) == ()
