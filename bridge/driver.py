@@ -122,7 +122,7 @@ class Driver:
         self._tracing = Tracing(app, self._answer, marks)
         self._errands = Errands(lambda event: self._events.append(event))
         self._accepted_content = prepare_accept_content(app.conf.accept_content)
-        self._results = GroupedResults(self._tracing)
+        self._results = GroupedResults(self._tracing, self._lose_outcome)
         self._results.adopt(app.tasks[name] for name in self._marks)
         self._results.warm_up()
         self._tasks: dict[int, TracedTask] = {}  # by serial
@@ -231,9 +231,11 @@ class Driver:
                 case messages.Withdraw(serial):
                     if serial in self._tasks:
                         self._give_back(self._tasks[serial])
-                case messages.Flush():
+                case messages.Flush(_, ends):
                     for task in list(self._tasks.values()):
                         self._give_back(task)
+                    if ends:
+                        self._results.end()
                 case messages.RestartActors():
                     self._fleet.restart_actors()
                 case messages.Stop():
@@ -502,6 +504,14 @@ class Driver:
             self._tracing.stop(task)
             self._answer(task, messages.Flushed(task.run.serial))
 
+    def _lose_outcome(self, task: TracedTask, error: Exception) -> None:
+        """A late task has run, the worker ends, and the result backend still does not store it."""
+        logger.error(
+            "%s[%s] has run and its outcome is not stored (%r): its message goes back to the broker, and it runs again",
+            task.run.task, task.run.id, error,
+        )  # fmt: skip
+        self._answer(task, messages.Flushed(task.run.serial))
+
     def _answer(self, task: TracedTask, message: Any) -> None:
         self._tasks.pop(task.run.serial, None)
         self._by_token.pop(task.token, None)
@@ -689,7 +699,8 @@ class Driver:
         self._events += self._roster.lose(slot, reason)
 
     def _send_report(self, error: StartupError | None = None) -> None:
-        report = self._roster.report() | {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+        counts = {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+        report = self._roster.report() | counts | {"results": self._results.trouble}
         self._send(messages.Report(0, report, (type(error).__name__, str(error)) if error else None))
 
     # ---- answers
