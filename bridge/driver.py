@@ -125,6 +125,7 @@ class Driver:
         self._results = GroupedResults(self._tracing, self._lose_outcome)
         self._results.adopt(app.tasks[name] for name in self._marks)
         self._results.warm_up()
+        self._told = ""  # of the trouble results have
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
@@ -181,6 +182,9 @@ class Driver:
                 self._look_at_waiting()
                 self._turn()
             self._results.flush()
+            if self._results.trouble != self._told:  # probes should not wait for it
+                self._told = self._results.trouble
+                self._send_report()
             written = self._flush()
             if written and self._unsent:  # the worker has taken what was in their way
                 self._submit()

@@ -490,7 +490,7 @@ class DriverSupervisor:
         for request in list(self._requests.values()):
             request.is_sent = False
             self._settle_or_send(request)
-        self.report = {**self.report, "actors": []}
+        self.report = {**self.report, "actors": [], "results": ""}
         if self._giving_back:
             self.flush_requests()
         self._schedule_restart()
