@@ -115,7 +115,7 @@ def test_an_early_one_waits_for_as_long_as_celery_would_and_the_log_has_it(
 def test_a_result_that_alone_is_too_large_is_a_failure_that_says_what_to_do(to_refused, backend):
     backend.client.config_set("maxmemory", backend.client.info("memory")["used_memory"] + 8 * MIB)
     large = to_refused("big", "x", 24 * MIB)
-    with pytest.raises(Exception, match="OOM command not allowed.*by reference") as caught:
+    with pytest.raises(Exception, match=r"OOM command not allowed.*by reference") as caught:
         large.get(**GET)
     assert (type(caught.value).__name__, large.state) == ("ResultRefused", "FAILURE")
     assert to_refused("add", 1, 2).get(**GET) == 3, "smaller ones are stored"
