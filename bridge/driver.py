@@ -122,9 +122,10 @@ class Driver:
         self._tracing = Tracing(app, self._answer, marks)
         self._errands = Errands(lambda event: self._events.append(event))
         self._accepted_content = prepare_accept_content(app.conf.accept_content)
-        self._results = GroupedResults(self._tracing)
+        self._results = GroupedResults(self._tracing, self._lose_outcome)
         self._results.adopt(app.tasks[name] for name in self._marks)
         self._results.warm_up()
+        self._told = ""  # of the trouble results have
         self._tasks: dict[int, TracedTask] = {}  # by serial
         self._by_token: dict[str, TracedTask] = {}
         self._calls: dict[str, tuple[int, Call]] = {}  # calls not answered in full, with the tasks still owed
@@ -181,6 +182,9 @@ class Driver:
                 self._look_at_waiting()
                 self._turn()
             self._results.flush()
+            if self._results.trouble != self._told:  # probes should not wait for it
+                self._told = self._results.trouble
+                self._send_report()
             written = self._flush()
             if written and self._unsent:  # the worker has taken what was in their way
                 self._submit()
@@ -231,9 +235,11 @@ class Driver:
                 case messages.Withdraw(serial):
                     if serial in self._tasks:
                         self._give_back(self._tasks[serial])
-                case messages.Flush():
+                case messages.Flush(_, ends):
                     for task in list(self._tasks.values()):
                         self._give_back(task)
+                    if ends:
+                        self._results.end()
                 case messages.Discard(refs=refs):
                     self._ledger.discard(refs)
                 case messages.RestartActors():
@@ -504,6 +510,14 @@ class Driver:
             self._tracing.stop(task)
             self._answer(task, messages.Flushed(task.run.serial))
 
+    def _lose_outcome(self, task: TracedTask, error: Exception) -> None:
+        """A late task has run, the worker ends, and the result backend still does not store it."""
+        logger.error(
+            "%s[%s] has run and its outcome is not stored (%r): its message goes back to the broker, and it runs again",
+            task.run.task, task.run.id, error,
+        )  # fmt: skip
+        self._answer(task, messages.Flushed(task.run.serial))
+
     def _answer(self, task: TracedTask, message: Any) -> None:
         self._tasks.pop(task.run.serial, None)
         self._by_token.pop(task.token, None)
@@ -691,7 +705,8 @@ class Driver:
         self._events += self._roster.lose(slot, reason)
 
     def _send_report(self, error: StartupError | None = None) -> None:
-        report = self._roster.report() | {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+        counts = {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+        report = self._roster.report() | counts | {"results": self._results.trouble}
         self._send(messages.Report(0, report, (type(error).__name__, str(error)) if error else None))
 
     # ---- answers

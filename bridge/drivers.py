@@ -138,6 +138,11 @@ class Drivers:
         return tuple((each.pid, each.heard_at) for each in self._all)
 
     @property
+    def result_trouble(self) -> str:
+        """Why results are not stored now, as one of them has said; "" while they are."""
+        return next((each.report["results"] for each in self._all if each.report.get("results")), "")
+
+    @property
     def report(self) -> dict[str, Any]:
         """The fleet as one of them sees it, the first that sees any actor."""
         return next((each.report for each in self._all if each.report["actors"]), self._all[0].report)

@@ -20,6 +20,7 @@
         ├── TaskPoisoned              the task ended its executor too often
         ├── TaskNotOnActor            the executor's copy of the app does not know the task
         ├── ResultInvalid             the body returned what cannot be sent
+        ├── ResultRefused             the result is too large for the result backend
         ├── RemoteTaskError           the body raised what cannot be rebuilt here
         ├── NoSuitableGpu             GPUs are there, and none has what the task asks for
         ├── ClusterUnavailable        no cluster for too long
@@ -168,6 +169,26 @@ class TaskNotOnActor(TaskError):
 
 class ResultInvalid(TaskError):
     """The body returned something that cannot be sent back."""
+
+
+class ResultRefused(TaskError):
+    """The result backend takes other results and not this one, which is too large.
+
+    Args:
+        task: the task's name.
+        size: of the result as it would be stored, in bytes.
+        cause: what the backend has answered.
+    """
+
+    def __init__(self, task: str, size: int, cause: str) -> None:
+        super().__init__(task, size, cause)
+        self.task, self.size, self.cause = task, size, cause
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} has run, and the result backend takes no result of {self.size} bytes: {self.cause}. Return "
+            "less, return arrays by reference (docs/howto/large-arrays.md), or give the backend more room"
+        )
 
 
 class RemoteTaskError(TaskError):

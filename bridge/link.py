@@ -52,6 +52,7 @@ class Flush(NamedTuple):
     """Worker to driver: give back what has not started; the broker will send it again."""
 
     serial: int = 0
+    ends: bool = False  # the worker ends: so does what has run, late, and cannot be stored in time
 
 
 class RestartActors(NamedTuple):
@@ -87,7 +88,7 @@ class Returned(NamedTuple):
 
 
 class Flushed(NamedTuple):
-    """Driver to worker: this task has not started and is forgotten here."""
+    """Driver to worker: this task has not started, or its outcome could not be stored; it is forgotten here."""
 
     serial: int
 

@@ -21,6 +21,7 @@ from bridge.discards import once_in
 from bridge.drivers import Drivers
 from bridge.errors import StartupError, TransportUnsupported
 from bridge.marks import MAPS, is_gpu, marks_of
+from bridge.readiness import clean
 from bridge.settings import settings
 from bridge.supervisor import GpuRequest
 from bridge.vitals import Vitals
@@ -202,6 +203,7 @@ class HybridPool(TaskPool):
             "slots": self.gpu_slots,
             "in_flight": self.gpu.in_flight,
             "running": self.gpu.running,
+            "results": clean(self.gpu.result_trouble),
             "actors": [_jsonable(actor) for actor in report["actors"]],
         }
 

@@ -37,6 +37,7 @@ class Facts(NamedTuple):
     actors: tuple[dict[str, Any], ...]  # rows of `bridge/roster.py`
     tasks: dict[str, Gpu]  # the marks, by task name
     on_demand: bool  # actors come with the first task (BRIDGE_MIN_ACTORS=0)
+    results: str = ""  # why the result backend stores nothing now
 
 
 class Reason(NamedTuple):
@@ -95,6 +96,11 @@ def _drivers(facts: Facts) -> Iterator[Reason]:
                 f"the GPU driver (pid {driver.pid}) has said nothing for {driver.heard_s:.0f} s",
                 "a signal handler, a hook or the result backend holds it up: the log line `held the driver` tells",
             )
+    if facts.results:
+        yield Reason(
+            f"the result backend stores no results: {clean(facts.results)}",
+            "give it room, or a primary that takes writes: results wait for it, and GPU tasks for their slots",
+        )
     if not facts.has_cluster:
         yield Reason("there is no connection to a Ray cluster", "bring its head back; a driver joins it by itself")
 

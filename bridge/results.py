@@ -3,8 +3,10 @@
 Celery asks twice for each, whether there is a SUCCESS already, and to store and publish, while every other task waits.
 Here the tracer's own last store of its task waits in its greenlet for the end of the turn. All other stores, and all
 that is not Celery's own Redis backend writing plain JSON, go Celery's way, which also takes over whatever Redis does
-not do here. No result is held back beyond the turn, unless Redis is away: then all of them wait, without holding the
-loop, for as long as Celery's retry policy of the backend says, and are asked about again until it is back.
+not do here. No result is held back beyond the turn, unless Redis is away or takes no writes: then all of them wait,
+without holding the loop, and it is asked again with growing pauses. A task acknowledged late waits until its result is
+stored or the worker ends, and its message then goes back to the broker; an early one as long as Celery's retry policy
+of the backend says. A large result that alone is refused becomes a failure that says so.
 """
 
 import copy
@@ -15,32 +17,36 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import wraps
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
+import greenlet
 import redis
 from celery import states
 from celery.backends.redis import RedisBackend
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ResponseError
 
+from bridge.errors import ResultRefused
 from bridge.tracing import SLOW_S, TracedTask, Tracing
+from bridge.trouble import Trouble, is_refusal, read_refusal
 
 logger = logging.getLogger(__name__)
 
 #: One question stores at most this many results, and no further one when it has this many bytes.
 MOST_RESULTS, MOST_BYTES = 200, 1 << 20
-#: Of what is stored already, a larger one is read by Celery: reading it would keep Redis from everybody else.
+#: Of what is stored already, a larger one is read by Celery: reading it would keep Redis from everybody else. And a
+#: larger one that is refused is tried as a failure, which is small.
 LARGEST_BYTES = 1 << 16
+#: Redis cuts the connection over a value above its `proto-max-bulk-len`: what is held to be the cause of so many cuts.
+MOST_CUTS = 3
 #: After Redis has refused the script, results go Celery's way for this long, in seconds.
 REFUSED_PAUSE_S = 60.0
-#: Redis that is away is asked again after this long, in seconds.
-AWAY_PAUSE_S = 0.5
 #: States in which the tracer stores a task's outcome.
 _OUTCOMES = frozenset({states.SUCCESS, states.FAILURE, states.RETRY})
 #: What of Celery's backend is done here, and must therefore be its own.
 _DONE_HERE = ("_store_result", "_get_task_meta_for", "_set_with_state", "set", "_set", "get", "decode_result", "decode")
 
-# For each key: 1 when it is stored and published, 0 when a SUCCESS is there, -1 when Celery has to do it.
+# For each key: 1 when it is stored and published, 0 when a SUCCESS is there, -1 when Celery has to do it, else why not.
 _STORE = """
 local largest, answers = tonumber(ARGV[1]), {}
 
@@ -55,36 +61,52 @@ end
 
 local function store(key, value, expires)
   local stored = expires == '0' and redis.pcall('SET', key, value) or redis.pcall('SETEX', key, expires, value)
-  return not stored.err and type(redis.pcall('PUBLISH', key, value)) == 'number'
+  if stored.err then return stored.err end
+  return type(redis.pcall('PUBLISH', key, value)) == 'number' and 1 or -1
 end
 
 for k, key in ipairs(KEYS) do
   answers[k] = is_open(key)
-  if answers[k] == 1 and not store(key, ARGV[2 * k], ARGV[2 * k + 1]) then answers[k] = -1 end
+  if answers[k] == 1 then answers[k] = store(key, ARGV[2 * k], ARGV[2 * k + 1]) end
 end
 return answers
 """
 
 
-class _Result(NamedTuple):
+class _Result:
     """A result whose tracer waits for it to be stored."""
 
-    task: TracedTask
-    key: bytes
-    value: str
-    expires: int
-    waits_until: float  # for a Redis that is away
+    def __init__(self, task: TracedTask, key: bytes, value: str, state: str, expires: int, patience_s: float) -> None:
+        self.task, self.key, self.value, self.state, self.expires = task, key, value, state, expires
+        self.waits_until = time.monotonic() + patience_s  # for a Redis that does not store
+        self.cuts = 0  # connections that ended over it while Redis was there
+
+
+class _Place:
+    """A backend, what waits for it, and how it is."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.results: list[_Result] = []
+        self.trouble = Trouble()
 
 
 class GroupedResults:
-    """The results of one turn; used on the loop's thread."""
+    """The results of one turn; used on the loop's thread.
 
-    def __init__(self, tracing: Tracing) -> None:
+    Args:
+        tracing: of the tasks.
+        give_back: called in place of all else with a task that has run and whose result cannot be stored before the
+            worker ends, and the error; its message goes back to the broker.
+    """
+
+    def __init__(self, tracing: Tracing, give_back: Callable[[TracedTask, Exception], None]) -> None:
         self._tracing = tracing
-        self._waiting: dict[int, tuple[Any, list[_Result]]] = {}  # by id of the backend
+        self._give_back = give_back
+        self._places: dict[int, _Place] = {}  # by id of the backend
         self._script = redis.Redis().register_script(_STORE)
         self._refused_until = 0.0
-        self._away_until = 0.0
+        self._ends = False
 
     def adopt(self, tasks: Iterable[Any]) -> None:
         """Store results of these tasks in groups, where their backend is one that `can_be_grouped`."""
@@ -93,108 +115,227 @@ class GroupedResults:
                 backend = task.backend
             except Exception:
                 continue  # Celery says so to whoever uses it
-            if id(backend) not in self._waiting and can_be_grouped(backend):
-                self._waiting[id(backend)] = backend, []
-                backend._store_result = self._grouped(backend, backend._store_result)
+            if id(backend) not in self._places and can_be_grouped(backend):
+                self._places[id(backend)] = place = _Place(backend)
+                backend._store_result = self._grouped(place, backend._store_result)
 
     def warm_up(self) -> None:
         """Connect, and give Redis the script in the background, as it may not answer: the first task need not."""
         Thread(target=self._connect, name="results", daemon=True).start()
 
     def _connect(self) -> None:
-        for backend, _ in self._waiting.values():
+        for place in self._places.values():
             with suppress(Exception):  # whoever stores a result meets it again, and says so
-                backend.client.script_load(_STORE)
+                place.backend.client.script_load(_STORE)
 
     @property
     def are_waiting(self) -> bool:
         """Whether `flush` has something to do, now or later."""
-        return any(results for _, results in self._waiting.values())
+        return any(place.results for place in self._places.values())
+
+    @property
+    def trouble(self) -> str:
+        """Why results wait, for people; "" while they are stored."""
+        return next((place.trouble.text for place in self._places.values() if place.trouble.text), "")
 
     def due_in_s(self) -> float:
         """Seconds until `flush` has something to do; infinite when nothing waits."""
-        return max(0.0, self._away_until - time.monotonic()) if self.are_waiting else math.inf
+        return min((place.trouble.due_in_s for place in self._places.values() if place.results), default=math.inf)
+
+    def end(self) -> None:
+        """The worker ends: from now on nothing waits for longer than Celery's retry policy says."""
+        self._ends = True
+        for place in self._places.values():
+            place.trouble.ask_now()
 
     def flush(self) -> None:
-        """Store what waits and let each tracer go on, unless Redis was away a moment ago."""
-        if time.monotonic() < self._away_until:
-            return
-        for backend, results in self._waiting.values():
-            waiting, results[:] = results[:], []
+        """Store what waits and let each tracer go on, unless Redis did not store a moment ago."""
+        for place in self._places.values():
+            if not place.results or place.trouble.due_in_s:
+                continue
+            waiting, place.results[:] = place.results[:], []
             for group in groups(waiting):
                 started = time.monotonic()
-                answers = self._ask(backend, group)
+                answers = self._ask(place.backend, group)
                 if time.monotonic() - started > SLOW_S:
                     logger.warning("the result backend held the driver for %.1f s", time.monotonic() - started)
                 for result, answer in zip(group, answers, strict=True):
-                    if self._may_wait(backend, result, answer):
-                        results.append(result)
-                    else:
-                        self._tracing.go_on(result.task, answer)
+                    self._settle(place, result, answer)
 
-    def _may_wait(self, backend: Any, result: _Result, answer: Any) -> bool:
-        """Redis is away, and Celery's policy leaves time: the body has done its work."""
-        now = time.monotonic()
-        if not isinstance(answer, backend.connection_errors) or now >= result.waits_until:
+    def _settle(self, place: _Place, result: _Result, answer: int | Exception) -> None:
+        if isinstance(answer, int):
+            if answer >= 0:
+                place.trouble.end()
+            self._tracing.go_on(result.task, answer)
+        elif self._is_refused_alone(place, result, answer):
+            self._tracing.go_on(result.task, self._refused(result, answer))
+        elif self._may_wait(place, result, answer):
+            place.results.append(result)
+        else:
+            self._tracing.go_on(result.task, answer)
+
+    def _may_wait(self, place: _Place, result: _Result, error: Exception) -> bool:
+        """Redis does not store now, and its body has done its work: whether there is time, for it may do so later."""
+        if not self._is_trouble(place, error):
             return False
-        if now >= self._away_until:
-            logger.warning("the result backend is away: %r; results wait for it", answer)
-            self._away_until = now + AWAY_PAUSE_S
+        is_held = self._holds_message(result) and not self._ends
+        if not is_held and time.monotonic() >= result.waits_until:
+            return False
+        place.trouble.begin(error)
         return True
 
-    def _grouped(self, backend: Any, alone: Callable[..., Any]) -> Callable[..., Any]:
+    def _holds_message(self, result: _Result) -> bool:
+        """Whether the task's message is still unacknowledged, and nothing but this result says that it has run."""
+        return result.state != states.RETRY and self._tracing.is_late(result.task)
+
+    @staticmethod
+    def _is_trouble(place: _Place, error: Exception) -> bool:
+        is_away = isinstance(error, place.backend.connection_errors) and not isinstance(error, LookupError)
+        return is_away or is_refusal(error)  # kombu 5.7 counts KeyError as a lost connection
+
+    def _is_refused_alone(self, place: _Place, result: _Result, error: Exception) -> bool:
+        """Whether Redis takes a failure in place of this large result: then the failure is stored."""
+        if len(result.value) <= LARGEST_BYTES or result.state == states.RETRY:
+            return False
+        if not is_refusal(error):
+            if len(result.value) > MOST_BYTES and _answers(place.backend):
+                result.cuts += 1
+            if result.cuts < MOST_CUTS:
+                return False
+        backend, refused = place.backend, self._refused(result, error)
+        meta = backend._get_result_meta(backend.prepare_exception(refused), states.FAILURE, None, None)
+        value = backend.encode({**meta, "task_id": result.task.run.id})
+        # Redis keeps as much memory for the connection as the large value took, for one more like it.
+        backend.client.connection_pool.disconnect(inuse_connections=False)
+        small = _Result(result.task, result.key, value, states.FAILURE, expiry(backend, states.FAILURE), 0.0)
+        return self._ask(backend, [small])[0] in (0, 1)
+
+    @staticmethod
+    def _refused(result: _Result, error: Exception) -> ResultRefused:
+        cause = f"{type(error).__name__}: {error}"
+        if result.cuts >= MOST_CUTS:
+            cause += " (Redis cuts the connection over a value above its proto-max-bulk-len)"
+        return ResultRefused(result.task.run.task, len(result.value), cause)
+
+    def _grouped(self, place: _Place, alone: Callable[..., Any]) -> Callable[..., Any]:
         """What stands in the place of a backend's `_store_result`; `alone` is Celery's."""
-        _, results = self._waiting[id(backend)]
+        backend = place.backend
 
         @wraps(alone)
         def store(
             task_id: Any, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
         ) -> Any:
-            task = None
-            if state in _OUTCOMES and time.monotonic() >= self._refused_until:
-                task = self._tracing.at_its_outcome(task_id)
-            if task is not None:
-                meta = backend._get_result_meta(result=result, state=state, traceback=traceback, request=request)
-                value = backend.encode({**meta, "task_id": bytes_to_str(task_id)})
-                if isinstance(value, str) and len(value) <= backend._MAX_STR_VALUE_SIZE:
-                    until = time.monotonic() + patience(backend.retry_policy)
-                    waiting = _Result(task, backend.get_key_for_task(task_id), value, expiry(backend, state), until)
-                    if self._wait(results, waiting):
-                        return result
-            return alone(task_id, result, state, traceback=traceback, request=request, **kwargs)
+            def by_celery() -> Any:
+                return alone(task_id, result, state, traceback=traceback, request=request, **kwargs)
+
+            task = self._tracing.at_its_outcome(task_id) if state in _OUTCOMES else None
+            if task is None:
+                return self._without_trouble(place, by_celery, task_id, result, state)
+            meta = backend._get_result_meta(result=result, state=state, traceback=traceback, request=request)
+            value = backend.encode({**meta, "task_id": bytes_to_str(task_id)})
+            if not isinstance(value, str):
+                return by_celery()
+            policy = patience(backend.retry_policy)
+            waiting = _Result(task, backend.get_key_for_task(task_id), value, state, expiry(backend, state), policy)
+            self._store(place, waiting, by_celery)
+            return result
 
         return store
 
-    def _wait(self, results: list[_Result], result: _Result) -> bool:
-        """Give the loop back until the turn's results are stored; False if Celery has to store this one.
+    def _without_trouble(self, place: _Place, store: Callable[[], Any], task_id: Any, result: Any, state: str) -> Any:
+        """STARTED, or progress, which the tracer stores: no reason to fail a task for."""
+        try:
+            return store()
+        except Exception as error:
+            if state in _OUTCOMES or not is_refusal(error) or not self._tracing.traces(task_id):
+                raise
+            place.trouble.begin(error)
+            logger.info("%s of %s is not stored: %r", state, task_id, error)
+            return result
+
+    def _store(self, place: _Place, result: _Result, by_celery: Callable[[], Any]) -> None:
+        """Called in a tracer: return when the result is stored.
 
         Raises:
-            redis.RedisError: Redis is away for too long, or refuses, as for Celery's own first question.
+            ResultRefused: it is too large, and a failure is stored in its place or can be.
+            redis.RedisError: Redis does not store for too long, or never will, as for Celery's own question.
+            GreenletExit: the message goes back to the broker.
         """
-        results.append(result)
+        try:
+            if len(result.value) > place.backend._MAX_STR_VALUE_SIZE:
+                raise ResultRefused(result.task.run.task, len(result.value), "Redis takes no value above 512 MB")
+            is_stored = time.monotonic() >= self._refused_until and self._wait(place, result)
+            while not is_stored:
+                try:
+                    by_celery()
+                    is_stored = True
+                    place.trouble.end()
+                except Exception as error:
+                    if not self._may_wait(place, result, error):
+                        raise
+                    is_stored = self._wait(place, result)
+        except ResultRefused:
+            self._tracing.has_another_outcome(result.task)
+            raise
+        except Exception as error:
+            if not self._is_trouble(place, error):
+                raise
+            if result.state == states.RETRY:  # its next run is in the broker already
+                logger.warning("RETRY of %s is not stored: %r", result.task.run.id, error)
+            elif self._holds_message(result):
+                self._leave(result.task, error)
+            else:
+                raise
+
+    def _leave(self, task: TracedTask, error: Exception) -> NoReturn:
+        """Called in a tracer: end it without an outcome."""
+        self._give_back(task, error)
+        raise greenlet.GreenletExit
+
+    def _wait(self, place: _Place, result: _Result) -> bool:
+        """Give the loop back until the turn's results are stored; False if Celery has to store this one."""
+        place.results.append(result)
         try:
             answer = self._tracing.wait()
         finally:
-            if result in results:  # the task is ended from outside meanwhile
-                results.remove(result)
+            if result in place.results:  # the task is ended from outside meanwhile
+                place.results.remove(result)
         if isinstance(answer, Exception):
             raise answer
         return bool(answer >= 0)
 
-    def _ask(self, backend: Any, group: list[_Result]) -> list[Any]:
+    def _ask(self, backend: Any, group: list[_Result]) -> list[int | Exception]:
         """One question; an answer or an error for each result."""
+        if time.monotonic() < self._refused_until:
+            return [-1] * len(group)
         arguments: list[Any] = [LARGEST_BYTES]
         for result in group:
             arguments += result.value, result.expires
         try:
-            answers: list[Any] = self._script([result.key for result in group], arguments, client=backend.client)
-        except ResponseError as error:  # no scripts here, or not now
+            answers = self._script([result.key for result in group], arguments, client=backend.client)
+        except ResponseError as error:
+            if is_refusal(error) and not isinstance(error, redis.exceptions.NoPermissionError):
+                return [copy.copy(error) for _ in group]
+            # no scripts here, or not now
             logger.warning("Redis refused a script: %r; results are stored one by one for a while", error)
             self._refused_until = time.monotonic() + REFUSED_PAUSE_S
             return [-1] * len(group)
         except Exception as error:
             return [copy.copy(error) for _ in group]  # each tracer gives it frames of its own
-        return answers
+        return [answer if isinstance(answer, int) else _error_of(answer) for answer in answers]
+
+
+def _error_of(answer: bytes | str) -> int | Exception:
+    """What the script says of one result that is not stored; what is no refusal is left to Celery."""
+    error = read_refusal(answer)
+    return error if is_refusal(error) else -1
+
+
+def _answers(backend: Any) -> bool:
+    try:
+        return bool(backend.client.ping())
+    except Exception:
+        return False
 
 
 def can_be_grouped(backend: Any) -> bool:

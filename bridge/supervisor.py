@@ -317,7 +317,7 @@ class DriverSupervisor:
         if self._link is None:
             self.flush_requests()
         else:
-            self._send(Flush())
+            self._send(Flush(ends=True))
 
     def flush_requests(self) -> None:
         """Drop what has not started, at once: its connection is gone, the broker will deliver it again."""
@@ -423,7 +423,7 @@ class DriverSupervisor:
             request.accepted = False
             self._end_if_finished()
             return
-        if isinstance(message, Flushed) and self._restarting:
+        if isinstance(message, Flushed) and self._restarting and not self._giving_back:
             request.is_sent = False
             if request.on_given_back:
                 self._settle_or_send(request)
@@ -498,7 +498,7 @@ class DriverSupervisor:
         for request in list(self._requests.values()):
             request.is_sent = False
             self._settle_or_send(request)
-        self.report = {**self.report, "actors": []}
+        self.report = {**self.report, "actors": [], "results": ""}
         if self._giving_back:
             self.flush_requests()
         self._schedule_restart()

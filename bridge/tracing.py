@@ -139,6 +139,19 @@ class Tracing:
         tracer.has_outcome = False
         return tracer.task
 
+    def has_another_outcome(self, task: TracedTask) -> None:
+        """The outcome could not be stored as it was: the tracer, running now, will store an error in its place."""
+        task.tracer.has_outcome = True  # type: ignore[union-attr]
+
+    def traces(self, task_id: str) -> bool:
+        """Whether it is this task's tracer that runs now."""
+        tracer = greenlet.getcurrent()
+        return isinstance(tracer, _Tracer) and tracer.task.run.id == task_id
+
+    def is_late(self, task: TracedTask) -> bool:
+        """Whether the task's message is acknowledged when it has ended."""
+        return bool(getattr(self._tasks.get(task.run.task), "acks_late", False))
+
     def wait(self) -> Any:
         """Called in a tracer: give the loop back until `go_on`, whose answer is returned."""
         tracer = greenlet.getcurrent()

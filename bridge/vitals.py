@@ -155,6 +155,7 @@ class Vitals:
                 drivers=tuple(DriverFacts(pid, at if at is None else now - at) for pid, at in self._drivers),
                 has_cluster=bool(gpu.get("cluster")),
                 actors=tuple(gpu["actors"]),
+                results=gpu.get("results", ""),
                 tasks={name: mark.gpu for name, mark in self._pool.marks.items()},
                 on_demand=settings.min_actors == 0 and (settings.max_actors is not None or bool(gpu.get("gpus"))),
             )

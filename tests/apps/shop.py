@@ -1,6 +1,7 @@
 """The app of the acceptance tests: a user's app, with every kind of body the tests need. Effects go to files."""
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ app.conf.update(
     task_send_sent_event=True,
     visibility_timeout=3600,
     worker_soft_shutdown_timeout=float(os.environ.get("SHOP_SOFT_SHUTDOWN_S", 0)),
+    result_backend_transport_options=json.loads(os.environ.get("SHOP_RESULT_OPTIONS", "{}")),
 )
 
 
@@ -249,6 +251,12 @@ def birth():
 
 @app.task(name="shop.records", gpu=True)
 def records(path, text):
+    note(path, text)
+    return text
+
+
+@app.task(name="shop.records_early", gpu=True, acks_late=False)
+def records_early(path, text):
     note(path, text)
     return text
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import greenlet
 import pytest
@@ -13,7 +14,8 @@ from celery.exceptions import BackendStoreError
 
 from actors.contract import Pending, Reply
 from actors.wishes import Wish
-from bridge import link, results
+from bridge import link, results, trouble
+from bridge.errors import ResultRefused
 from bridge.fleet import Replied
 from bridge.results import GroupedResults, can_be_grouped, expiry
 from bridge.settings import settings
@@ -32,29 +34,43 @@ def nothing():
 
 
 class Turns:
-    """Greenlets in place of tracers: each stores what it is told, and may wait as a tracer at its outcome may."""
+    """Greenlets in place of tracers: each stores what it is told, and may wait as a tracer at its outcome may.
 
-    def __init__(self, url, **conf):
+    As with a tracer, what cannot be stored as it is is stored as the error that says why.
+    """
+
+    def __init__(self, url, is_late=False, **conf):
+        self.late = is_late
+        self.given_back = {}
         self.app = Celery("results", broker="memory://", backend=url, set_as_current=False)
         self.app.conf.update(**conf)
         self.task = self.app.task(name="results.task", shared=False)(nothing)
         self.backend = self.task.backend
-        self.grouped = GroupedResults(self)
+        self.grouped = GroupedResults(self, lambda task, error: self.given_back.update({task.run.id: error}))
         self.grouped.adopt([self.task])
         self.loop = greenlet.getcurrent()
-        self.ended, self.errors = [], {}
+        self.ended, self.errors, self.another = [], {}, []
         self.may_wait = True
 
     # what results.py asks of the tracing
 
     def at_its_outcome(self, task_id):
-        return greenlet.getcurrent() if self.may_wait and greenlet.getcurrent() is not self.loop else None
+        return getattr(greenlet.getcurrent(), "task", None) if self.may_wait else None
+
+    def has_another_outcome(self, task):
+        self.another.append(task.run.id)
+
+    def traces(self, task_id):
+        return greenlet.getcurrent() is not self.loop
+
+    def is_late(self, task):
+        return self.late
 
     def wait(self):
         return self.loop.switch()
 
-    def go_on(self, each, answer):
-        each.switch(answer)
+    def go_on(self, task, answer):
+        task.tracer.switch(answer)
 
     # what a test does
 
@@ -67,6 +83,7 @@ class Turns:
                 self.errors[task_id] = error
 
         each = greenlet.greenlet(run)
+        each.task = SimpleNamespace(run=SimpleNamespace(id=task_id, task="results.task"), tracer=each)
         each.switch()
         return each
 
@@ -225,19 +242,156 @@ def test_a_key_of_another_kind_costs_only_its_own_result(server, turns):
     assert isinstance(one.errors["odd"], redis.ResponseError)
 
 
-def test_a_full_redis_is_an_error_in_each_task_as_with_celery(server, turns):
-    one = turns()
-    one.store("a", 1), one.store("b", 2)
+def fill(server):
     server.client.config_set("maxmemory", 1)
-    try:
-        one.grouped.flush()
-        assert {type(error) for error in one.errors.values()} == {redis.OutOfMemoryError}
-        assert set(one.errors) == {"a", "b"}
-    finally:
-        server.client.config_set("maxmemory", 0)
+
+
+def make_replica(server):
+    server.client.execute_command("REPLICAOF", "127.0.0.1", "1")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A Redis that the test may break; it is asked again soon."""
+    monkeypatch.setattr(trouble, "PAUSES_S", (0.01, 0.01))
+    server = RedisServer(tmp_path)
+    yield server
+    server.client.close()
+    server.kill_group()
+
+
+def accept(server):
+    server.client.config_set("maxmemory", 0)
+    server.client.config_set("min-replicas-to-write", 0)
+    server.client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+REFUSALS = {
+    "OutOfMemory": fill,
+    "read only": make_replica,
+    "NOREPLICAS": lambda server: server.client.config_set("min-replicas-to-write", 1),
+}
+
+
+def flush_until(one, condition, what):
+    wait_for(lambda: one.grouped.flush() or condition(), what, every_s=0.005)
+
+
+@pytest.mark.parametrize("refuse", REFUSALS.values(), ids=REFUSALS)
+def test_results_of_late_tasks_wait_until_redis_stores_again(own, refuse, caplog):
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    one.store("a", 1), one.store("b", ValueError("b"), states.FAILURE)
+    refuse(own)
+    for _ in range(3):
+        flush_until(one, lambda: one.grouped.due_in_s() > 0, "Redis to refuse")
+        wait_for(lambda: one.grouped.due_in_s() == 0, "the pause to be over", every_s=0.005)
+    assert (one.ended, one.errors, one.given_back) == ([], {}, {})
+    assert one.grouped.trouble
+    accept(own)
+    flush_until(one, lambda: len(one.ended) == 2, "the results to be stored")
+    assert [one.state(each) for each in "ab"] == ["SUCCESS", "FAILURE"] and one.errors == {}
+    assert caplog.text.count("the result backend refuses results") == 1 and one.grouped.trouble == ""
+
+
+@pytest.mark.parametrize("refuse", REFUSALS.values(), ids=REFUSALS)
+def test_an_early_task_waits_as_long_as_celerys_policy_says_and_then_fails_with_the_cause(own, refuse):
+    one = Turns(own.url, **AT_ONCE)
+    one.store("a", 1), one.store("b", 2)
+    refuse(own)
+    one.grouped.flush()
+    assert set(one.errors) == {"a", "b"} and all(trouble.is_refusal(error) for error in one.errors.values())
+    accept(own)
     one.store("c", 3)
     one.grouped.flush()
     assert one.state("c") == "SUCCESS"
+
+
+def test_when_the_worker_ends_what_is_not_stored_goes_back_without_an_outcome(own):
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    one.store("a", 1)
+    fill(own)
+    flush_until(one, lambda: one.grouped.due_in_s() > 0, "Redis to refuse")
+    one.grouped.end()
+    one.grouped.flush()
+    assert trouble.is_refusal(one.given_back["a"]) and (one.ended, one.errors) == ([], {})
+    assert not one.grouped.are_waiting
+    accept(own)
+    assert one.state("a") == "PENDING"
+
+
+def test_a_user_who_may_not_write_here_is_refused_without_an_end_too(own):
+    own.client.execute_command("ACL", "SETUSER", "reader", "on", "nopass", "~*", "&*", "+@all", "-setex")
+    one = Turns(own.url.replace("redis://", "redis://reader:x@"), is_late=True, **AT_ONCE)
+    one.store("a", 1)
+    flush_until(one, lambda: one.grouped.trouble, "Redis to refuse")
+    assert one.grouped.are_waiting and one.errors == {}
+    own.client.execute_command("ACL", "SETUSER", "reader", "+setex")
+    flush_until(one, lambda: one.ended == ["a"], "the result to be stored")
+    one.backend.client.close()
+
+
+def test_where_scripts_are_refused_too_results_wait_as_well(own):
+    own.client.execute_command("ACL", "SETUSER", "plain", "on", "nopass", "~*", "&*", "+@all", "-evalsha")
+    one = Turns(own.url.replace("redis://", "redis://plain:x@"), is_late=True, **AT_ONCE)
+    fill(own)
+    one.store("a", 1)
+    flush_until(one, lambda: one.grouped.trouble, "Redis to refuse")
+    one.store("b", 2)
+    assert one.errors == {} and one.ended == []
+    accept(own)
+    flush_until(one, lambda: sorted(one.ended) == ["a", "b"], "the results to be stored")
+    one.backend.client.close()
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_result_that_alone_is_too_large_fails_and_says_why(own, is_late):
+    one = Turns(own.url, is_late=is_late)
+    one.store("small", 1)
+    one.store("large", "x" * (16 << 20))
+    own.client.config_set("maxmemory", own.client.info("memory")["used_memory"] + (4 << 20))
+    listener = own.client.pubsub(ignore_subscribe_messages=True)
+    listener.subscribe("celery-task-meta-large")
+    one.grouped.flush()
+    assert one.ended == ["small"] and one.another == ["large"] and one.given_back == {}
+    error = one.errors["large"]
+    assert (type(error), error.task) == (ResultRefused, "results.task") and error.size > 16 << 20
+    assert "OOM command not allowed" in str(error) and "large-arrays.md" in str(error)
+    stored = one.app.AsyncResult("large")
+    assert stored.state == "FAILURE" and str(stored.result) == str(error), "also if the tracer ended here"
+    assert json.loads(wait_for(listener.get_message, "the news")["data"])["status"] == "FAILURE"
+    listener.close()
+
+
+def test_a_result_beyond_what_redis_reads_fails_and_says_why(own):
+    own.client.config_set("proto-max-bulk-len", 2 << 20)
+    one = Turns(own.url, is_late=True)
+    one.store("large", "x" * (16 << 20))
+    one.store("small", 1)
+    flush_until(one, lambda: one.errors, "the large one to be refused")
+    assert "proto-max-bulk-len" in str(one.errors["large"]) and one.ended == ["small"]
+    assert one.state("large") == "FAILURE"
+
+
+def test_a_result_beyond_512_mb_is_not_even_sent(own, monkeypatch):
+    monkeypatch.setattr(RedisBackend, "_MAX_STR_VALUE_SIZE", 1000)
+    one = Turns(own.url, is_late=True)
+    one.store("large", "x" * 2000)
+    assert "512 MB" in str(one.errors["large"]) and one.another == ["large"] and one.state("large") == "PENDING"
+
+
+def test_a_retry_that_cannot_be_stored_goes_on_in_the_broker(own, caplog):
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    one.store("a", ValueError("again"), states.RETRY)
+    fill(own)
+    one.grouped.flush()
+    assert one.ended == ["a"] and one.errors == {} and "RETRY of a is not stored" in caplog.text
+
+
+def test_progress_that_cannot_be_stored_fails_nothing(own):
+    one = Turns(own.url, **AT_ONCE)
+    fill(own)
+    one.store("a", {"pid": 1}, states.STARTED), one.store("b", {"done": 1}, "PROGRESS")
+    assert one.ended == ["a", "b"] and one.errors == {}
 
 
 def test_where_the_script_may_not_run_celery_goes_on_alone(server, turns, caplog):
@@ -265,7 +419,7 @@ def test_scripts_flushed_under_a_running_driver(server, turns):
 
 
 def test_results_wait_for_a_redis_that_is_away_and_nothing_else_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "AWAY_PAUSE_S", 0.05)
+    monkeypatch.setattr(trouble, "PAUSES_S", (0.05, 0.05))
     server = RedisServer(tmp_path)
     one = Turns(server.url)
     try:

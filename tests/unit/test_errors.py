@@ -15,6 +15,7 @@ ARGUMENTS = {
     "PayloadInvalid": ("shop.add", [{"field": "a", "reason": "Input should be a valid integer", "received": "str"}]),
     "PayloadTooLarge": ("shop.add", 1024),
     "TaskPoisoned": ("shop.crash", 2, "signal 11 (SIGSEGV)"),
+    "ResultRefused": ("shop.render", 1 << 26, "OutOfMemoryError: OOM command not allowed"),
     "RemoteTaskError": ("shop.ShopError", "because"),
     "NoSuitableGpu": ("shop.embed", "a GPU of type H100", "actor 0: A100"),
 }

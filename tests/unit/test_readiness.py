@@ -34,6 +34,7 @@ def test_a_worker_that_has_all_it_needs():
         ({"drivers": (DriverFacts(1, 2.0), DriverFacts(2, None))}, "not ready", True, "driver is not there"),
         ({"drivers": (DriverFacts(1, 2.0), DriverFacts(2, 16))}, "not ready", True, "(pid 2) has said nothing"),
         ({"has_cluster": False}, "not ready", True, "no connection to a Ray cluster"),
+        ({"results": "OOM command"}, "not ready", True, "stores no results: OOM command"),
         ({"actors": ()}, "not ready", True, "no GPU actor is ready (there is none)"),
         (
             {"actors": ({**ACTOR, "state": "lost", "reason": "redis://:key@h died\n"},)},
