@@ -23,6 +23,7 @@ from celery.backends.redis import RedisBackend
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ResponseError
 
+from bridge.errors import as_text
 from bridge.tracing import SLOW_S, TracedTask, Tracing
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class GroupedResults:
         if not isinstance(answer, backend.connection_errors) or now >= result.waits_until:
             return False
         if now >= self._away_until:
-            logger.warning("the result backend is away: %r; results wait for it", answer)
+            logger.warning("the result backend is away: %s; results wait for it", as_text(answer))
             self._away_until = now + AWAY_PAUSE_S
         return True
 
@@ -189,7 +190,7 @@ class GroupedResults:
         try:
             answers: list[Any] = self._script([result.key for result in group], arguments, client=backend.client)
         except ResponseError as error:  # no scripts here, or not now
-            logger.warning("Redis refused a script: %r; results are stored one by one for a while", error)
+            logger.warning("Redis refused a script: %s; results are stored one by one for a while", as_text(error))
             self._refused_until = time.monotonic() + REFUSED_PAUSE_S
             return [-1] * len(group)
         except Exception as error:
