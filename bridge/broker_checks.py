@@ -10,6 +10,8 @@ from redis.exceptions import RedisError
 from bridge.errors import as_text
 from bridge.findings import Finding, fail, ok, warn
 from bridge.readiness import clean
+from bridge.redis_channel import GroupedChannel, ask_in_groups
+from bridge.taking import REMEDY, trial
 from bridge.worker import advice_on, ping_backend, ping_broker
 
 #: The tests run with this Redis and newer ones.
@@ -29,9 +31,14 @@ def broker(app: Any) -> Iterator[Finding]:
         return
     yield ok("broker", f"{address} answers")
     with app.connection_for_read() as connection:
-        client = getattr(connection.default_channel, "client", None)
+        ask_in_groups(connection)
+        channel = connection.default_channel
+        client = getattr(channel, "client", None)
         if client is not None and hasattr(client, "info"):
-            yield from _redis("broker", client, f"_kombu.bridge-doctor.{uuid.uuid4().hex}")
+            key = f"_kombu.bridge-doctor.{uuid.uuid4().hex}"
+            yield from _redis("broker", client, key)
+            if isinstance(channel, GroupedChannel):
+                yield from _waiting(channel, channel.prefixed(key))
 
 
 def backend(app: Any) -> Iterator[Finding]:
@@ -70,6 +77,19 @@ def _redis(about: str, client: Any, key: Any) -> Iterator[Finding]:
         yield warn(about, f"Redis {version} is old: the tests run with 6.2 and newer", "use a newer Redis")
     yield from _memory(about, info, version)
     yield from _persistence(about, client, info)
+
+
+def _waiting(channel: GroupedChannel, key: str) -> Iterator[Finding]:
+    """How a worker waits for messages; those in its hands are safe in any case."""
+    try:
+        why = trial(channel.async_pool.get_connection(), key)  # type: ignore[attr-defined]
+    except (RedisError, OSError) as error:
+        why = as_text(error, 160)
+    if why:
+        text = f"workers take messages by BRPOP, which loses one on its way to a worker that is killed: {clean(why)}"
+        yield warn("broker", text, REMEDY)
+    else:
+        yield ok("broker", "workers wait for messages without taking any: none is lost on its way")
 
 
 def _about_writes(text: str) -> str:

@@ -21,9 +21,10 @@ from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cycle
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from bridge.errors import as_text
 from bridge.intake import UNREADABLE, BoundedChannel, drop_unreadable, without_large_body
 from bridge.redis_qos import GroupedQoS
-from bridge.taking import LARGEST_BYTES, MOST_BYTES, READ_BYTES, TAKE, Watch, read_reply
+from bridge.taking import LARGEST_BYTES, MOST_BYTES, READ_BYTES, REMEDY, TAKE, Watch, lasts, read_reply, speaks_3
 from bridge.visibility import RENEW, RenewingPoller
 
 logger = logging.getLogger(__name__)
@@ -71,10 +72,24 @@ class GroupedChannel(BoundedChannel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: deque[tuple[str, str, bytes]] = deque()  # queue, delivery tag, text
         self._without_ack: set[str] = set()  # queues
+        self._said: set[str] = set()  # why messages are not taken as they should be
         self._watch = Watch()
         super().__init__(*args, **kwargs)
         self._take = redis.Redis().register_script(TAKE)
         self.renew_script = redis.Redis().register_script(RENEW)
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        """The consuming connections ask for protocol 3: redis-py before 8 speaks 2, in which Redis says nothing."""
+        pool = super()._get_pool(asynchronous)  # type: ignore[misc]
+        options = pool.connection_kwargs
+        if asynchronous and "protocol" not in options and not speaks_3(pool.connection_class(**options)):
+            options["protocol"] = 3
+            try:
+                pool.release(pool.get_connection())
+            except ResponseError:  # a server or proxy without HELLO; `_brpop_start` says so
+                options["protocol"] = 2
+                pool.reset()
+        return pool
 
     @property
     def plain_client(self) -> Any:
@@ -115,6 +130,8 @@ class GroupedChannel(BoundedChannel):
         if may_wait or (may_take and self._is_full):
             self._ask(connection, looks=may_wait and not self._is_full)
             return
+        if may_take and not speaks_3(connection):
+            self._say("Redis does not say when a list changes", "it would only in its protocol 3", for_good=True)
         self._watch.end(connection)
         self._more_waits = self._is_full = self._is_left = False
         super()._brpop_start(timeout)  # type: ignore[misc]
@@ -233,7 +250,7 @@ class GroupedChannel(BoundedChannel):
             self.keep(answer, asked.queues, asked.room, asked.noted_at)
         refusals = [each for each in replies if isinstance(each, ResponseError)]
         if refusals:
-            logger.warning("Redis does not say when a list changes: %r; BRPOP is used instead", refusals[0])
+            self._say("Redis does not say when a list changes", as_text(refusals[0]), lasts(refusals[0]))
             self._watch.refuse(refusals[0], REFUSED_PAUSE_S)
         elif asked.looks:
             self._watch.begin(connection)
@@ -274,8 +291,17 @@ class GroupedChannel(BoundedChannel):
         )
 
     def _refused(self, error: ResponseError) -> None:
-        logger.warning("Redis refused a script: %r; messages are taken one by one for a while", error)
+        self._say("Redis refused a script", as_text(error), lasts(error))
         self._refused_until = time.monotonic() + REFUSED_PAUSE_S
+
+    def _say(self, what: str, why: str, for_good: bool) -> None:
+        """Say it once in this connection's life, and what to do if it will not pass by itself."""
+        if f"{what}{why}" not in self._said:
+            self._said.add(f"{what}{why}")
+            logger.warning(
+                "%s (%s), so BRPOP waits %s: a message on its way to this worker is lost if it is killed then%s",
+                what, why, "from now on" if for_good else "for a while", f". Better: {REMEDY}" if for_good else "",
+            )  # fmt: skip
 
     def _question(self, count: int, tag: Any = "", text: bytes = b"") -> tuple[list[str], list[Any], list[str]]:
         """Keys and arguments of the script, and the queues it may take from."""

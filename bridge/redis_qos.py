@@ -12,6 +12,7 @@ from typing import Any
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
+from bridge.errors import as_text
 from bridge.taking import MOST_MESSAGES
 from bridge.visibility import RenewingQoS
 
@@ -99,11 +100,11 @@ class GroupedQoS(RenewingQoS):
                     pipe.zrem(self.channel.prefixed(self.unacked_index_key), *tags)
                     pipe.execute()
             except ResponseError as error:  # it is there and does not want to, as in the middle of a failover
-                logger.error("Redis refused %d acknowledgements: %r; they are sent again", len(tags), error)
+                logger.error("Redis refused %d acknowledgements: %s; they are sent again", len(tags), as_text(error))
                 self.ack_again(tags)
                 return
             except Exception as error:  # the connection is gone: the broker will deliver the messages again
-                logger.critical("Couldn't ack %d messages, reason:%r", len(tags), error, exc_info=True)
+                logger.critical("Couldn't ack %d messages, reason:%s", len(tags), as_text(error), exc_info=True)
             except BaseException:  # this process is told to stop
                 self.ack_again(tags)
                 raise

@@ -26,7 +26,7 @@ from celery.backends.redis import RedisBackend
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ResponseError
 
-from bridge.errors import ResultRefused
+from bridge.errors import ResultRefused, as_text
 from bridge.tracing import SLOW_S, TracedTask, Tracing
 from bridge.trouble import Trouble, is_refusal, read_refusal
 
@@ -317,7 +317,7 @@ class GroupedResults:
             if is_refusal(error) and not isinstance(error, redis.exceptions.NoPermissionError):
                 return [copy.copy(error) for _ in group]
             # no scripts here, or not now
-            logger.warning("Redis refused a script: %r; results are stored one by one for a while", error)
+            logger.warning("Redis refused a script: %s; results are stored one by one for a while", as_text(error))
             self._refused_until = time.monotonic() + REFUSED_PAUSE_S
             return [-1] * len(group)
         except Exception as error:

@@ -5,12 +5,16 @@ looks at its lists (EXISTS) and has Redis say when one of them changes (CLIENT T
 what is taken is noted in the same step. Never decides when to ask; bridge/redis_channel.py does.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterable
+from hashlib import sha1
 from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
+
+from bridge.errors import as_text
 
 #: One script takes at most this many messages, and no further one when it has this many bytes.
 MOST_MESSAGES, MOST_BYTES = 100, 1 << 20
@@ -18,6 +22,14 @@ MOST_MESSAGES, MOST_BYTES = 100, 1 << 20
 READ_BYTES = 1 << 16
 #: A larger message is left to BRPOP: the script would need five times as much memory. Redis takes none above 1 << 29.
 LARGEST_BYTES = 1 << 27
+
+#: What lets a worker wait without taking, where something does not.
+REMEDY = (
+    "let this user run HELLO, CLIENT TRACKING, CLIENT CACHING, SCRIPT LOAD, EVALSHA and what kombu needs, on Redis 6 "
+    "or newer without a proxy that refuses them; or use RabbitMQ"
+)
+#: What a trial writes goes away by itself after this, in seconds.
+TRIAL_S = 10
 
 #: In the answer of a server that does not know a command, or not this form of it.
 _NEVER = ("unknown", "syntax", "wrong number of arguments")
@@ -117,8 +129,8 @@ class Watch:
         self._refused_until = 0.0
 
     def may(self, connection: Any) -> bool:
-        """Whether Redis can say so here: only in its protocol 3, which redis-py speaks since 8, and from Redis 6 on."""
-        return time.monotonic() >= self._refused_until and str(getattr(connection, "protocol", 2)) == "3"
+        """Whether Redis can say so here: only in its protocol 3, from Redis 6 on."""
+        return time.monotonic() >= self._refused_until and speaks_3(connection)
 
     def is_on(self, connection: Any) -> bool:
         """Whether this connection, which has not been made anew since, has been used to look."""
@@ -151,8 +163,7 @@ class Watch:
 
     def refuse(self, error: ResponseError, pause_s: float) -> None:
         """Redis does not do it: for good where a proxy or an ACL forbids it, else (busy, in a failover) for a while."""
-        lasts = isinstance(error, NoPermissionError) or any(each in str(error).lower() for each in _NEVER)
-        self._refused_until = math.inf if lasts else time.monotonic() + pause_s
+        self._refused_until = math.inf if lasts(error) else time.monotonic() + pause_s
 
     def end(self, connection: Any) -> None:
         """Nothing is said from now on, so that what comes is the answer to a question.
@@ -164,6 +175,48 @@ class Watch:
             self._socket = None
             connection.send_command("CLIENT", "TRACKING", "OFF", check_health=False)  # might connect anew, unseen
             read_reply(connection)
+
+
+def speaks_3(connection: Any) -> bool:
+    """Whether a connection of redis-py speaks Redis' protocol 3."""
+    return str(getattr(connection, "protocol", 2)) == "3"
+
+
+def lasts(error: ResponseError) -> bool:
+    """Whether Redis, a proxy or an ACL refuses for good; else it is busy, full or in a failover."""
+    return isinstance(error, NoPermissionError) or any(each in str(error).lower() for each in _NEVER)
+
+
+def trial(connection: Any, key: str) -> str:
+    """Why messages cannot be waited for on a connection without taking any; empty if they can.
+
+    Takes a message of its own out of a list. What it writes begins with `key`, and is removed.
+
+    Raises:
+        RedisError, OSError: the connection is gone.
+    """
+    if not speaks_3(connection):
+        return "the connection speaks Redis' protocol 2"
+    keys = [f"{key}.{name}" for name in ("index", "unacked", "queue")]
+    queue = keys[-1]
+    raw = json.dumps({"properties": {"delivery_tag": "trial", "delivery_info": {"exchange": "", "routing_key": queue}}})
+    question = (time.time(), 1, 0, 1, MOST_BYTES, READ_BYTES, LARGEST_BYTES, "", "")
+    watch = Watch()
+    commands: list[tuple[Any, ...]] = [
+        ("RPUSH", queue, raw),
+        ("SCRIPT", "LOAD", TAKE),
+        *watch.before(connection),
+        ("EVALSHA", sha1(TAKE.encode()).hexdigest(), 3, *keys, *question),
+        *watch.look([queue]),
+        *(("EXPIRE", each, TRIAL_S) for each in keys),  # should it be killed before the next
+        ("DEL", *keys),
+    ]
+    connection.send_packed_command(connection.pack_commands(commands))
+    replies = [read_reply(connection) for _ in commands]
+    refused = [reply for reply in replies if isinstance(reply, ResponseError)]
+    if refused:
+        return as_text(refused[0])
+    return "" if replies[3] == [0, 1, b"trial", raw.encode()] else "the script takes no message"
 
 
 def read_reply(connection: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 from redis import exceptions
 
+from bridge.errors import as_text
+
 logger = logging.getLogger(__name__)
 
 #: First and longest pause before it is asked again, in seconds; each is half as long again as the one before.
@@ -62,7 +64,7 @@ class Trouble:
         if now - self._said_at >= SAY_AGAIN_S:
             self._said_at = now
             how = "refuses results" if is_refusal(error) else "is away"
-            logger.warning("the result backend %s: %r; results wait for it", how, error)
+            logger.warning("the result backend %s: %s; results wait for it", how, as_text(error))
 
     def end(self) -> None:
         """It has stored something."""

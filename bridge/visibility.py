@@ -16,6 +16,8 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 from redis.exceptions import RedisError, ResponseError
 
+from bridge.errors import as_text
+
 logger = logging.getLogger(__name__)
 
 #: Of a visibility time-out messages are noted anew this often, and what dead workers held is looked for.
@@ -88,7 +90,7 @@ class RenewingQoS(stock.QoS):
         try:
             lost = self.channel.renew_script([key], arguments, client=self.channel.plain_client)
         except ResponseError as error:  # no scripts here: nothing tells whose a tag is
-            logger.debug("Redis refused a script: %r", error)
+            logger.debug("Redis refused a script: %s", as_text(error))
             self.channel.plain_client.zadd(key, dict.fromkeys(tags, now), xx=True)
             return []
         texts = {each.decode() for each in lost}
@@ -107,7 +109,7 @@ class RenewingQoS(stock.QoS):
             try:
                 self.renew()
             except ResponseError as error:  # a full or read-only server
-                logger.warning("messages in hand could not be renewed: %r; tried again soon", error)
+                logger.warning("messages in hand could not be renewed: %s; tried again soon", as_text(error))
                 return
         super().restore_visible(*args, **kwargs)
 
@@ -165,7 +167,7 @@ class RenewingPoller(stock.MultiChannelPoller):
                     if channel.active_queues:
                         channel._qos.restore_visible(num=channel.unacked_restore_limit, interval=1)
                 except (RedisError, OSError) as error:  # the event loop sees it, too, and connects again
-                    logger.warning("messages in hand could not be renewed: %r; tried again soon", error)
+                    logger.warning("messages in hand could not be renewed: %s; tried again soon", as_text(error))
         return bool(self._channels)
 
     def _renewing(self) -> Iterable[RenewingQoS]:

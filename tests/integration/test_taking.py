@@ -15,9 +15,9 @@ import pytest
 import redis
 
 from bridge import redis_channel
-from bridge.taking import READ_BYTES, Watch
+from bridge.taking import READ_BYTES, REMEDY, Watch, trial
 from tests.integration.test_redis_channel import Desk, calls, desk, noted, publish, server  # noqa: F401 - fixtures
-from tests.support.services import ROOT, wait_for
+from tests.support.services import ROOT, RedisServer, wait_for
 
 #: A question is repeated after this long, in seconds: never, as far as these tests go.
 NEVER_S = 1000
@@ -243,11 +243,64 @@ def test_where_redis_says_nothing_brpop_waits(server, desk, caplog):  # noqa: F8
         publish(server.url, range(9))
         assert one.drain() == list(range(9))
         assert len(noted(server.client)) == 9
-        assert caplog.text.count("Redis does not say when a list changes") == 1
-        assert any(each["cmd"] == "brpop" for each in server.client.client_list())
+        assert caplog.text.count("Redis does not say when a list changes (NoPermissionError") == 1
+        assert caplog.text.count(REMEDY) == 1
+        assert is_asked_by_brpop(server)
+        assert "NoPermissionError" in trial(one.channel.async_pool.get_connection(), "trial")
         one.connection.close()
     finally:
         server.client.acl_deluser("deaf")
+
+
+def is_asked_by_brpop(redis_server):
+    return any(each["cmd"] == "brpop" for each in redis_server.client.client_list())
+
+
+@pytest.fixture
+def old_client(monkeypatch):
+    """redis-py before 8 speaks protocol 2 unless it is told otherwise."""
+    for each in (redis.connection, redis.utils):
+        monkeypatch.setattr(each, "DEFAULT_RESP_VERSION", 2, raising=False)  # an old one has no such name
+
+
+def test_where_the_client_speaks_protocol_2_the_consuming_connection_does_not(old_client, server, desk):  # noqa: F811
+    one = waits(desk())
+    stock = desk("other", grouped=False)
+    stock.turn()
+    assert [each.channel.client.connection.protocol for each in (one, stock)] == [3, 2]
+    publish(server.url, range(3))
+    assert one.drain() == [0, 1, 2]
+    assert trial(one.channel.async_pool.get_connection(), "trial") == ""
+    assert not list(server.client.scan_iter("trial*")), "a trial leaves nothing"
+
+
+def test_a_server_that_speaks_protocol_2_only_is_asked_by_brpop_and_that_is_said(old_client, tmp_path, caplog):
+    own = RedisServer(tmp_path, options=['rename-command HELLO ""'])
+    try:
+        one = Desk(own.url, "q")
+        publish(own.url, range(9))
+        assert one.drain() == list(range(9))
+        assert own.client.hlen("unacked") == 9
+        assert is_asked_by_brpop(own)
+        assert caplog.text.count("Redis does not say when a list changes") == caplog.text.count(REMEDY) == 1
+        assert "protocol 2" in trial(one.channel.async_pool.get_connection(), "trial")
+        one.connection.close()
+    finally:
+        own.client.close()
+        own.kill_group()
+
+
+def test_a_url_that_asks_for_protocol_2_has_it(tmp_path, caplog):
+    own = RedisServer(tmp_path, options=[f"unixsocket {tmp_path / 'redis.sock'}"])
+    try:
+        one = Desk(f"redis+socket://{tmp_path / 'redis.sock'}?protocol=2", "q")
+        publish(own.url, range(9))
+        assert one.drain() == list(range(9))
+        assert is_asked_by_brpop(own) and caplog.text.count(REMEDY) == 1
+        one.connection.close()
+    finally:
+        own.client.close()
+        own.kill_group()
 
 
 def test_while_redis_is_busy_it_is_let_be_and_then_waited_for_again(server, desk, monkeypatch, caplog):  # noqa: F811

@@ -14,6 +14,8 @@ import redis
 from bridge.standalone import free_port, redis_binary
 
 ROOT = Path(__file__).resolve().parents[2]
+#: The Redis of the tests: a program named here instead of the one `--standalone` would start.
+REDIS = os.environ.get("BRIDGE_TEST_REDIS_SERVER") or redis_binary()
 #: How long any wait of the tests may take before it counts as failed; generous, the machines are slow and shared.
 PATIENCE_S = 60.0
 
@@ -108,7 +110,7 @@ class RedisServer(Process):
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', *options]
         if password:
             lines.append(f"requirepass {password}")
-        super().__init__([redis_binary(), "-"], Path(folder) / "redis.log", stdin="\n".join(lines) + "\n")
+        super().__init__([REDIS, "-"], Path(folder) / "redis.log", stdin="\n".join(lines) + "\n")
         self.url = f"redis://{':' + password + '@' if password else ''}127.0.0.1:{self.port}/0"
         self.client = redis.Redis.from_url(self.url)
         if wait:
