@@ -200,7 +200,7 @@ def trial(connection: Any, key: str) -> str:
     keys = [f"{key}.{name}" for name in ("index", "unacked", "queue")]
     queue = keys[-1]
     raw = json.dumps({"properties": {"delivery_tag": "trial", "delivery_info": {"exchange": "", "routing_key": queue}}})
-    question = (time.time(), 1, 0, 1, MOST_BYTES, READ_BYTES, LARGEST_BYTES, "", "")
+    question = (0.0, 1, 0, 1, MOST_BYTES, READ_BYTES, LARGEST_BYTES, "", "")
     watch = Watch()
     commands: list[tuple[Any, ...]] = [
         ("RPUSH", queue, raw),
