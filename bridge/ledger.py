@@ -1,7 +1,8 @@
 """In the driver: crashes that outlive it, and dead letters; Redis is asked on a thread, so that nobody waits for it.
 
 Only a task that has crashed, or that the broker delivers again, costs a question. What Redis does not answer is as if
-there were no Redis: crashes count in this driver alone, and no task waits longer than for the question's deadline.
+there were no Redis: crashes count in this driver alone, and no task waits longer than for the question's deadline. Dead
+letters wait here until Redis takes them, as many as fit.
 """
 
 import logging
@@ -9,7 +10,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
+
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from actors.shared_redis import shared_redis, uses_redis
 from actors.stores import Ref, Stores
@@ -24,6 +29,10 @@ Then = Callable[[Any], None]
 
 #: After Redis has not answered, crashes are counted here alone for this long, in seconds.
 AWAY_PAUSE_S = 5.0
+#: Dead letters that Redis has not taken have this many bytes together at most, in memory, or BRIDGE_DEAD_LETTERS_BYTES.
+WAITING_BYTES = 1 << 26
+#: What is raised where Redis is away, full or in a failover: it may take the same later.
+_PASSES = (RedisError, OSError, OperationalError)
 
 
 class Answered(NamedTuple):
@@ -44,6 +53,8 @@ class Ledger:
         self._away_until = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._looks: list[tuple[str, Then]] = []  # redelivered tasks nobody has asked about yet
+        self._letters: list[Letter] = []  # that Redis has not taken yet, the oldest first
+        self._again_at = 0.0  # when it is asked to
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.is_shared = uses_redis(app)
@@ -67,8 +78,8 @@ class Ledger:
         self._ask(f"the end of {task_id}", lambda store: store.forget_crashes(task_id), lambda _: None)
 
     def bury(self, letter: Letter, then: Then) -> None:
-        """Keep a dead letter; asked also when Redis has just been away."""
-        self._ask(f"the dead letter of {letter.id}", lambda store: store.keep(letter), then, always=True)
+        """Keep a dead letter, now or as soon as Redis takes it; nobody waits for that."""
+        self._do(lambda: self._bury(letter, then))
 
     def discard(self, refs: Sequence[Ref]) -> None:
         """Delete data by reference whose task has ended; see `Discards`."""
@@ -84,10 +95,14 @@ class Ledger:
 
     def _work(self) -> None:
         while True:
-            self._jobs.get()()
+            pause_s = max(0.0, self._again_at - time.monotonic()) if self._letters else None
+            with suppress(queue.Empty):
+                self._jobs.get(timeout=pause_s)()
+            if self._letters and time.monotonic() >= self._again_at:
+                self._keep_waiting()
 
-    def _ask(self, what: str, question: Callable[[DeadLetters], Any], then: Then, always: bool = False) -> None:
-        self._do(lambda: self._notify(Answered(then, self._try(what, question, always))))
+    def _ask(self, what: str, question: Callable[[DeadLetters], Any], then: Then) -> None:
+        self._do(lambda: self._notify(Answered(then, self._try(what, question))))
 
     def _look(self) -> None:
         with self._lock:
@@ -96,17 +111,57 @@ class Ledger:
         for (_, then), crashes in zip(looks, found or [None] * len(looks), strict=True):
             self._notify(Answered(then, crashes))
 
-    def _try(self, what: str, question: Callable[[DeadLetters], Any], always: bool = False) -> Any:
-        if not always and time.monotonic() < self._away_until:
+    def _try(self, what: str, question: Callable[[DeadLetters], Any]) -> Any:
+        if time.monotonic() < self._away_until:
             return None
         try:
-            if self._store is None:
-                self._store = dead_letters(self._app, self._bounds, self._namespace)
-            return question(self._store) if self._store is not None else None
+            return self._answer(question)
         except Exception as error:
             self._away_until = time.monotonic() + AWAY_PAUSE_S
             logger.error("Redis did not take or tell %s, so this driver alone knows: %s", what, as_text(error))
             return None
+
+    def _answer(self, question: Callable[[DeadLetters], Any]) -> Any:
+        if self._store is None:
+            self._store = dead_letters(self._app, self._bounds, self._namespace)
+        return question(self._store) if self._store is not None else None
+
+    # ---- dead letters
+
+    def _bury(self, letter: Letter, then: Then) -> None:
+        self._letters = [each for each in self._letters if each.id != letter.id]  # this one takes its place
+        try:
+            self._answer(lambda store: store.keep(letter))
+        except _PASSES as error:
+            self._again_at = time.monotonic() + AWAY_PAUSE_S
+            logger.error("Redis did not take the dead letter of %s, it waits here: %s", letter.id, as_text(error))
+            self._letters.append(letter)
+            self._drop_oldest()
+        except Exception as error:
+            logger.error("the dead letter of %s is lost: %s", letter.id, as_text(error))
+        self._notify(Answered(then, None))
+
+    def _keep_waiting(self) -> None:
+        """Have Redis take what waits; it is left alone again at the first that it does not take."""
+        while self._letters:
+            letter = self._letters[0]
+            try:
+                self._answer(lambda store, letter=letter: store.keep(letter))  # type: ignore[misc]
+            except Exception:
+                self._again_at = time.monotonic() + AWAY_PAUSE_S
+                return
+            self._letters.pop(0)
+            logger.warning("Redis has taken the dead letter of %s now", letter.id)
+
+    def _drop_oldest(self) -> None:
+        """Memory is bounded as Redis is."""
+        most_bytes = min(WAITING_BYTES, self._bounds.letters_bytes)
+        while len(self._letters) > self._bounds.letters or sum(map(_size, self._letters)) > most_bytes:
+            logger.error("the dead letter of %s is lost: too many wait for Redis", self._letters.pop(0).id)
+
+
+def _size(letter: Letter) -> int:
+    return len(letter.body) + len(letter.logs)
 
 
 def bounds_of(settings: Settings) -> Bounds:

@@ -44,6 +44,7 @@ def test_from_a_cluster_without_gpus_to_a_good_set_up(environment, tmp_path):
             everything = "versions marks limits acks prefetch broker token cluster GPUs"
             for about in (*everything.split(), "result backend"):
                 assert text_of(found, "OK", about), f"{about}\n{output}"
+            assert "wait for messages without taking any" in text_of(found, "OK", "broker")
 
             (tmp_path / "picky.py").write_text(
                 "import sys\n"
@@ -89,8 +90,10 @@ def test_careless_settings_of_app_and_redis(environment, tmp_path):
     try:
         server.client.config_set("maxmemory-policy", "allkeys-lru")
         server.client.config_set("maxmemory", 100_000_000)
+        server.client.execute_command("ACL", "SETUSER", "deaf", "on", "nopass", "~*", "&*", "+@all", "-client")
+        broker = server.url.replace("redis://", "redis://deaf:x@")
         env = {
-            **environment, **NOWHERE, "CELERY_BROKER_URL": server.url, "CELERY_RESULT_BACKEND": server.url,
+            **environment, **NOWHERE, "CELERY_BROKER_URL": broker, "CELERY_RESULT_BACKEND": server.url,
             "BRIDGE_GPU_TASKS": '["careless.kept", "no.such.*"]', "HOME": str(tmp_path),
         }  # fmt: skip
         code, found, _ = doctor("-A", "tests.apps.careless:app", env=env)
@@ -110,6 +113,7 @@ def test_careless_settings_of_app_and_redis(environment, tmp_path):
             assert words in odd
         assert "maxmemory-policy is allkeys-lru" in text_of(found, "FAIL", "broker")
         assert "nothing on disk" in text_of(found, "WARN", "broker")
+        assert "workers take messages by BRPOP" in text_of(found, "WARN", "broker")
 
         server.client.config_set("maxmemory-policy", "noeviction")
         server.client.config_set("maxmemory", 1)

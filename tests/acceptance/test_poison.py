@@ -146,18 +146,23 @@ def deliver_again(producer, client, task, args, task_id, queue):
     return result
 
 
-def test_crashes_count_in_the_driver_while_redis_is_away(poison, environment, producer, tmp_path):
+def test_crashes_count_in_the_driver_and_letters_wait_there_while_redis_is_away(poison, dead, producer, tmp_path):
     backend = RedisServer(tmp_path)
     worker = poison(tmp_path, "away", CELERY_RESULT_BACKEND=backend.url)
     log, others = tmp_path / "log", tmp_path / "others"
     backend.kill_group()
-    producer.send_task("shop.segfaults", [str(log)], queue="away", ignore_result=True)
+    sent = producer.send_task("shop.segfaults", [str(log)], queue="away", ignore_result=True)
     producer.send_task("shop.records", [str(others), "ran"], queue="away", ignore_result=True)
     worker.says("TaskPoisoned")
     wait_for(lambda: lines(others) == ["ran"], "the neighbour")
     assert "crash 2 of 2" in worker.output and len(lines(log)) == 2
-    assert "the dead letter of" in worker.output, "what is lost is said"
+    assert "Redis did not take the dead letter of" in worker.output
     assert "secret" not in worker.output
+    backend = RedisServer(tmp_path, port=backend.port)
+    worker.says(f"Redis has taken the dead letter of {sent.id} now")
+    assert sent.id in dead("list", CELERY_RESULT_BACKEND=backend.url)[1]
+    backend.client.close()
+    backend.kill_group()
     assert worker.stop() == 0
 
 

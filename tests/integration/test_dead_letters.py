@@ -311,6 +311,26 @@ def test_redis_away_is_an_answer_and_later_it_is_asked_again(ledger, tmp_path, m
     server.kill_group()
 
 
+def test_letters_that_redis_does_not_take_wait_for_it_as_many_as_fit(ledger, tmp_path, namespace, monkeypatch, caplog):
+    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.2)
+    server = RedisServer(tmp_path)
+    book, told = ledger(server.url, server.url)
+    book._bounds = book._bounds._replace(letters=2)
+    server.client.close()
+    server.kill_group()
+    for each in (letter("a"), letter("b", at=1.0), letter("c"), letter("b", at=2.0)):
+        book.bury(each, lambda _: None)
+        assert answer(told) is None, "the task ends all the same"
+    assert "the dead letter of a is lost: too many wait" in caplog.text
+    server = RedisServer(tmp_path, port=server.port)
+    there = DeadLetters(server.client, "", namespace, Bounds(9, 1 << 20, 60, 60))
+    wait_for(lambda: set(there.ids()) == {"b", "c"}, "Redis to have what waited")
+    assert there.get("b").at == 2.0, "the later one of a task"
+    wait_for(lambda: not book._letters, "nothing to wait any more")
+    server.client.close()
+    server.kill_group()
+
+
 def test_the_result_backend_is_preferred_else_the_broker_else_none(redis_server, tmp_path, ledger, namespace):
     def shared(broker, backend, **conf):
         app = Celery("s", broker=broker, backend=backend, set_as_current=False)

@@ -15,7 +15,7 @@ from bridge.standalone import free_port, redis_binary
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The Redis of the tests: a program named here instead of the one `--standalone` would start.
-REDIS = os.environ.get("BRIDGE_TEST_REDIS_SERVER") or redis_binary()
+REDIS = os.environ.get("TESTS_REDIS_SERVER") or redis_binary()
 #: How long any wait of the tests may take before it counts as failed; generous, the machines are slow and shared.
 PATIENCE_S = 60.0
 
