@@ -276,29 +276,29 @@ def test_where_the_client_speaks_protocol_2_the_consuming_connection_does_not(ol
 
 def test_a_server_that_speaks_protocol_2_only_is_asked_by_brpop_and_that_is_said(old_client, tmp_path, caplog):
     own = RedisServer(tmp_path, options=['rename-command HELLO ""'])
+    one = Desk(own.url, "q")
     try:
-        one = Desk(own.url, "q")
         publish(own.url, range(9))
         assert one.drain() == list(range(9))
         assert own.client.hlen("unacked") == 9
         assert is_asked_by_brpop(own)
         assert caplog.text.count("Redis does not say when a list changes") == caplog.text.count(REMEDY) == 1
         assert "protocol 2" in trial(one.channel.async_pool.get_connection(), "trial")
-        one.connection.close()
     finally:
+        one.connection.close()
         own.client.close()
         own.kill_group()
 
 
 def test_a_url_that_asks_for_protocol_2_has_it(tmp_path, caplog):
     own = RedisServer(tmp_path, options=[f"unixsocket {tmp_path / 'redis.sock'}"])
+    one = Desk(f"redis+socket://{tmp_path / 'redis.sock'}?protocol=2", "q")
     try:
-        one = Desk(f"redis+socket://{tmp_path / 'redis.sock'}?protocol=2", "q")
         publish(own.url, range(9))
         assert one.drain() == list(range(9))
         assert is_asked_by_brpop(own) and caplog.text.count(REMEDY) == 1
-        one.connection.close()
     finally:
+        one.connection.close()
         own.client.close()
         own.kill_group()
 
