@@ -264,10 +264,11 @@ def old_client(monkeypatch):
 
 
 def test_where_the_client_speaks_protocol_2_the_consuming_connection_does_not(old_client, server, desk):  # noqa: F811
-    one = waits(desk())
-    stock = desk("other", grouped=False)
-    stock.turn()
+    one, stock = desk(), desk("other", grouped=False)
+    for each in (one, stock):
+        each.turn()
     assert [each.channel.client.connection.protocol for each in (one, stock)] == [3, 2]
+    waits(one)
     publish(server.url, range(3))
     assert one.drain() == [0, 1, 2]
     assert trial(one.channel.async_pool.get_connection(), "trial") == ""
