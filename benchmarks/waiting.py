@@ -17,6 +17,8 @@ from benchmarks.session import Session, say
 from benchmarks.targets import at_least, at_most
 
 ACTORS = 8
+#: Until all of them are warm, in seconds.
+START_S = 120.0
 
 APPROACHES = (
     bridge("benchmarks.apps.bridge_work", task="wait", args=(0.0,)),
@@ -44,7 +46,10 @@ class Waiting(Benchmark):
         return 8 * ACTORS
 
     def measure(self, session: Session, size: Size) -> None:
-        """One backlog per lane and round."""
+        """One backlog per lane and round, once all executors are there."""
+        for name, running in list(session.lanes.items()):
+            with session.may_fail(name):
+                running.wait(lambda running=running: _are_all_there(running), START_S, f"{ACTORS} executors")  # type: ignore[misc]
         session.rounds(int(size["rounds"]), lambda number, running: self._one(number, running, size))
 
     def conclude(self) -> Conclusion:
@@ -100,6 +105,14 @@ class Waiting(Benchmark):
         self.records.append(Record(lane=running.approach.name, round=number, figures=figures, lists=lists))
         busy, finish = figures["busy"], figures["finish"]
         say(f"round {number}  {running.approach.name:<14} busy {busy:.3f}  time {finish:.3f} x ideal")
+
+
+def _are_all_there(running: Lane) -> bool:
+    """Whether so many short bodies meet every executor."""
+    tasks = 8 * ACTORS
+    running.stage([Message("wait", (0.01,))] * tasks)
+    running.backlog(tasks)
+    return len({run.pid for run in runs_of(running.values())}) == ACTORS
 
 
 def _percent(value: Any) -> Any:

@@ -130,28 +130,32 @@ class Ledger:
 
     def _bury(self, letter: Letter, then: Then) -> None:
         self._letters = [each for each in self._letters if each.id != letter.id]  # this one takes its place
-        try:
-            self._answer(lambda store: store.keep(letter))
-        except _PASSES as error:
-            self._again_at = time.monotonic() + AWAY_PAUSE_S
-            logger.error("Redis did not take the dead letter of %s, it waits here: %s", letter.id, as_text(error))
+        if not self._is_settled(letter):
             self._letters.append(letter)
             self._drop_oldest()
-        except Exception as error:
-            logger.error("the dead letter of %s is lost: %s", letter.id, as_text(error))
         self._notify(Answered(then, None))
 
     def _keep_waiting(self) -> None:
         """Have Redis take what waits; it is left alone again at the first that it does not take."""
-        while self._letters:
-            letter = self._letters[0]
-            try:
-                self._answer(lambda store, letter=letter: store.keep(letter))  # type: ignore[misc]
-            except Exception:
-                self._again_at = time.monotonic() + AWAY_PAUSE_S
-                return
+        while self._letters and self._is_settled(self._letters[0]):
             self._letters.pop(0)
-            logger.warning("Redis has taken the dead letter of %s now", letter.id)
+
+    def _is_settled(self, letter: Letter) -> bool:
+        """Have Redis take a letter; False where it does not and may later."""
+        has_waited = letter in self._letters
+        try:
+            self._answer(lambda store: store.keep(letter))
+        except _PASSES as error:
+            self._again_at = time.monotonic() + AWAY_PAUSE_S
+            if not has_waited:
+                logger.error("Redis did not take the dead letter of %s, it waits here: %s", letter.id, as_text(error))
+            return False
+        except Exception as error:  # or the others would wait behind it for ever
+            logger.error("the dead letter of %s is lost: %s", letter.id, as_text(error))
+        else:
+            if has_waited:
+                logger.warning("Redis has taken the dead letter of %s now", letter.id)
+        return True
 
     def _drop_oldest(self) -> None:
         """Memory is bounded as Redis is."""

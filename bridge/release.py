@@ -27,18 +27,21 @@ def make_config(app: Any, tasks: Iterable[str], settings: Settings, share: float
     Raises:
         AppNotImportable: the app is not an attribute of any imported module.
     """
+    for_life: dict[str, Any] = {  # a warm executor would go on with those of the last worker: they are of the release
+        "device": settings.device,
+        "memory_limit": _share_of(settings.gpu_memory_limit, share),
+        "resident_limit": _share_of(settings.resident_limit, share),
+        "left_limit": _share_of(settings.left_limit, share),
+        "stores": settings.stores,
+        "results_limit": _share_of(settings.device_results_limit, share),
+        "host_results_limit": settings.host_results_limit,
+        "keep_s": settings.device_result_s,
+    }
     return Config(
-        release=_release(app, tuple(sorted(tasks)), settings),
-        device=settings.device,
-        memory_limit=_share_of(settings.gpu_memory_limit, share),
-        log_level=logging.getLogger().level or logging.WARNING,
+        release=_release(app, tuple(sorted(tasks)), settings, for_life),
+        log_level=logging.getLogger().level or logging.WARNING,  # workers that differ in what they log share executors
         log_limit_bytes=settings.log_limit_bytes,
-        resident_limit=_share_of(settings.resident_limit, share),
-        left_limit=_share_of(settings.left_limit, share),
-        stores=settings.stores,
-        results_limit=_share_of(settings.device_results_limit, share),
-        host_results_limit=settings.host_results_limit,
-        keep_s=settings.device_result_s,
+        **for_life,
     )
 
 
@@ -50,7 +53,7 @@ def _share_of(limit: str, share: float) -> str:
         return limit  # the executor says what is wrong with it
 
 
-def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
+def _release(app: Any, tasks: tuple[str, ...], settings: Settings, for_life: dict[str, Any]) -> Release:
     module, attribute = _find(app)
     script = ""
     if module == "__main__":
@@ -66,7 +69,8 @@ def _release(app: Any, tasks: tuple[str, ...], settings: Settings) -> Release:
         and not any(fnmatchcase(key, each) for each in _NOT_ENVIRONMENT)
     )
     workdir = str(Path.cwd())
-    name = settings.release or _digest(module, attribute, script, tasks, sys_path, workdir, environment)
+    parts = module, attribute, script, tasks, sys_path, workdir, environment, for_life
+    name = settings.release or _digest(*parts)
     return Release(name, f"{module}:{attribute}", script, sys_path, workdir, includes, tasks, environment)
 
 

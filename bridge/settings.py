@@ -84,7 +84,9 @@ class Settings(BaseSettings):
         "FLASK_*; all others they have from `ray start`",
     )
     release: str | None = Field(
-        None, description="name of the code version; default: a digest of the modules the app has imported"
+        None,
+        description="name of the code version; default: a digest of the modules the app has imported and of the "
+        "settings that executors start with",
     )
 
     # waiting

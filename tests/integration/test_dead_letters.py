@@ -331,6 +331,29 @@ def test_letters_that_redis_does_not_take_wait_for_it_as_many_as_fit(ledger, tmp
     server.kill_group()
 
 
+def test_a_letter_that_redis_never_takes_holds_up_no_other(ledger, redis_server, monkeypatch, caplog):
+    """It had waited for Redis, and cannot be written after all."""
+    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.1)
+    book, told = ledger(redis_server.url, redis_server.url)
+    tried, keep = [], DeadLetters.keep
+
+    def keeps(store, each):
+        tried.append(each.id)
+        if len(tried) <= 2:
+            raise redis.ConnectionError("away")
+        if each.id == "odd":
+            raise ValueError("not to be written")
+        return keep(store, each)
+
+    monkeypatch.setattr(DeadLetters, "keep", keeps)
+    for each in (letter("odd"), letter("good")):
+        book.bury(each, lambda _: None)
+        assert answer(told) is None
+    wait_for(lambda: not book._letters, "both to be settled")
+    assert "the dead letter of odd is lost: ValueError" in caplog.text
+    assert "Redis has taken the dead letter of good now" in caplog.text
+
+
 def test_the_result_backend_is_preferred_else_the_broker_else_none(redis_server, tmp_path, ledger, namespace):
     def shared(broker, backend, **conf):
         app = Celery("s", broker=broker, backend=backend, set_as_current=False)

@@ -78,6 +78,18 @@ def test_other_code_has_another_name(project, file):
     assert release(app).id != before
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"device": "cpu"}, {"gpu_memory_limit": "1GiB"}, {"resident_limit": "1GiB"}, {"left_limit": "1%"},
+     {"data_url": "redis://elsewhere"}, {"data_timeout_s": 1}, {"device_results_limit": "1GiB"},
+     {"host_results_limit": "1GiB"}, {"device_result_s": 1}],
+    ids=lambda setting: next(iter(setting)),
+)  # fmt: skip
+def test_what_an_executor_has_for_life_is_of_its_release(project, setting):
+    app = make_app()
+    assert release(app).id == release(app, log_limit_bytes=7).id != release(app, **setting).id
+
+
 def test_a_name_given_by_setting_is_taken(project):
     assert release(make_app(), release="2024-05-01").id == "2024-05-01"
 
