@@ -4,6 +4,7 @@ Arguments and values travel as pickled bytes that only the driver and the execut
 user's app; the actor passes them on unread. Seconds and bytes everywhere; times are durations or `time.monotonic`.
 """
 
+import math
 import signal
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 8
+PROTOCOL = 9
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -57,6 +58,7 @@ class Call(NamedTuple):
     tasks: tuple[TaskCall, ...]
     estimate_s: float
     may_part: bool = False  # short tasks that share no run of a body: behind an unexpectedly slow one they come back
+    waits_s: float = math.inf  # so long it expects to wait for its turn; if that proves far too short, it comes back
 
 
 class FailureKind(StrEnum):
@@ -71,7 +73,7 @@ class FailureKind(StrEnum):
     CRASHED = "crashed"  # the task was running when its executor died by itself: charged
     SUSPECT = "suspect"  # it shared a run with others when its executor died: runs again alone, not yet charged
     LOST = "lost"  # it has not started: runs again, nobody is charged
-    HELD_UP = "held up"  # it has not started: a task ahead of it in its call takes far longer than foreseen
+    HELD_UP = "held up"  # it has not started: what is ahead of it takes far longer than its driver foresaw
     UNSURE = "unsure"  # lost through no fault of its own while it ran, or may have run: again only if it may run twice
     UNKNOWN_TASK = "unknown task"
     NOT_SENDABLE = "not sendable"  # the value cannot be pickled

@@ -35,6 +35,8 @@ class Entry:
         self.cancelled: dict[str, float] = {}  # token -> when; long ago for one that gets no grace time
         self.softened: set[str] = set()  # running tasks to be interrupted as by their soft limit
         self.held_up: set[str] = set()  # tokens given back because a task ahead of them is slow
+        self.patient_until = math.inf  # if its turn has not come by then, it goes back
+        self.started_at = math.inf  # when an executor got it last
         self.idle_deaths = 0  # executors that died with this call while no body ran
         self._soft_limit_hit: set[str] = set()  # tokens
         self._soft_limit_told: set[str] = set()

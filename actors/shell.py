@@ -143,6 +143,8 @@ class ActorShell:
                 self._replied_at = time.monotonic()
                 return Busy(self._queue_s())
             entry = Entry(call, self._lock)
+            patience_s = call.waits_s + HOLDS_UP_S
+            entry.patient_until = time.monotonic() + (0.0 if self._queue_s() > patience_s else patience_s)
             self._entries[call.id] = entry
             self._queue.append(entry)
             for tokens, how in self._early_cancels.pop(call.id, ()):
@@ -360,6 +362,7 @@ class ActorShell:
         if entry.is_finished:
             return self._start_call()
         entry.sent = list(entry.todo)
+        entry.started_at, entry.patient_until = time.monotonic(), math.inf
         entry.held_up.clear()
         self._active = entry, child
         try:
@@ -535,6 +538,7 @@ class ActorShell:
         """Enforce limits and cancellations on the body that runs now."""
         if self._active is None:
             return
+        self._hand_back(now)
         entry, child = self._active
         running = child.running()
         if running is None or child.planned_end:
@@ -557,13 +561,15 @@ class ActorShell:
                 entry.hit_soft_limit(task.token for task in tasks if _exceeded(ran_s, [task.soft_limit_s]))
             self._interrupt(child, running.serial, Reason.SOFT_LIMIT, now)
 
+    def _hand_back(self, now: float) -> None:
+        """Give back calls whose turn should have come long ago: their drivers hear the truth and choose again."""
+        late = [each for each in self._queue if now >= each.patient_until and self._is_ready(each.call.release)]
+        for entry in late:
+            self._queue.remove(entry)
+            entry.fail(entry.todo, FailureKind.HELD_UP, "what is ahead of it takes far longer than foreseen")
+
     def _part(self, entry: Entry, child: Child, running: Running) -> None:
         """Give back the tasks behind a slow one: another actor may be free."""
-        why = "a task ahead of it takes far longer than foreseen"
-        driver = entry.call.driver
-        for other in [each for each in self._queue if each.call.may_part and each.call.driver == driver]:
-            self._queue.remove(other)
-            other.fail(other.todo, FailureKind.HELD_UP, why)
         waiting = entry.behind(running.first + running.size)
         if not waiting:
             return
@@ -571,7 +577,8 @@ class ActorShell:
         for index in waiting:
             child.journal.cancel(index)
         if child.running() == running:  # it has not ended meanwhile, so the next one has not been looked at
-            entry.fail([entry.sent[index] for index in waiting], FailureKind.HELD_UP, why)
+            slow = "a task ahead of it takes far longer than foreseen"
+            entry.fail([entry.sent[index] for index in waiting], FailureKind.HELD_UP, slow)
 
     def _interrupt(self, child: Child, serial: int, reason: Reason, now: float) -> None:
         if child.journal.taken() != serial or self._interrupted.get(serial) != reason:
@@ -586,8 +593,10 @@ class ActorShell:
         if self._active is not None:
             entry, child = self._active
             running = child.running()
-            ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
-            if entry.call.may_part and running and (self._queue or entry.behind(running.first + running.size)):
+            now = time.monotonic()
+            ran_s = now - running.started_ns / 1e9 if running else 0.0
+            times += [each.patient_until - now for each in self._queue if self._is_ready(each.call.release)]
+            if entry.call.may_part and running and entry.behind(running.first + running.size):
                 times.append(HOLDS_UP_S - ran_s if ran_s < HOLDS_UP_S else RESEND_S)
             for task in entry.todo:
                 for limit in (task.soft_limit_s, task.hard_limit_s):
@@ -615,17 +624,17 @@ class ActorShell:
     def _queue_s(self) -> float:
         """How long a new call would wait, as far as foreseen.
 
-        Of a body that has run longer than foreseen nobody knows: as long again, and no less than a lease, within which
+        Of a call that has run longer than foreseen nobody knows: as long again, and no less than a lease, within which
         every driver hears of the actor anew.
         """
         waiting_s = sum(entry.call.estimate_s for entry in self._queue)
         if self._active is None:
             return waiting_s
-        entry, child = self._active
-        running = child.running()
-        ran_s = time.monotonic() - running.started_ns / 1e9 if running else 0.0
+        entry, _ = self._active
+        ran_s = time.monotonic() - entry.started_at
         is_late = ran_s > max(entry.call.estimate_s, HOLDS_UP_S)
-        return waiting_s + (max(ran_s, self._limits.lease_s) if is_late else entry.call.estimate_s)
+        left_s = max(ran_s, self._limits.lease_s) if is_late else max(0.0, entry.call.estimate_s - ran_s)
+        return waiting_s + left_s
 
     def _tell(self, driver: str, release: str) -> Health:
         if driver in self._untold:

@@ -443,8 +443,8 @@ class Driver:
         events, self._events = self._events, []
         for instruction in self._scheduler.handle(*events, now=time.monotonic()):
             match instruction:
-                case StartCall(actor, call, tokens, estimate_s):
-                    self._start_call(actor, call, tokens, estimate_s)
+                case StartCall():
+                    self._start_call(instruction)
                 case Interrupt(actor, call, token) if token in self._by_token:  # else it has just been answered
                     self._fleet.cancel(actor, f"{self.id}.{call}", [token], self._by_token[token].how)
                 case Drop(token) if token not in self._quiet and token in self._by_token:
@@ -455,9 +455,9 @@ class Driver:
                     self._wake_at = at
         self._quiet.clear()
 
-    def _start_call(self, actor: int, number: str, tokens: tuple[str, ...], estimate_s: float) -> None:
+    def _start_call(self, start: StartCall) -> None:
         calls = []
-        for token in tokens:
+        for token in start.tokens:
             if token in self._errands:
                 calls.append(self._errands.call(token))
                 continue
@@ -474,11 +474,12 @@ class Driver:
                 limits = run.soft_limit_s, run.hard_limit_s
                 calls.append(TaskCall(token, run.task, payload, *limits, task.stays, texts, task.checks))
         if calls:
-            is_short = estimate_s < self._settings.call_budget_s
+            is_short = start.estimate_s < self._settings.call_budget_s
             may_part = is_short and not self._rules.get(calls[0].name, ANY).together
-            call = Call(f"{self.id}.{number}", self.id, self._config.release.id, tuple(calls), estimate_s, may_part)
-            self._calls[call.id] = actor, call
-            self._unsent.append((actor, call))
+            times = start.estimate_s, may_part, start.waits_s
+            call = Call(f"{self.id}.{start.call}", self.id, self._config.release.id, tuple(calls), *times)
+            self._calls[call.id] = start.actor, call
+            self._unsent.append((start.actor, call))
 
     def _submit(self) -> None:
         """Send calls, and word of them to the worker before: should this process die, it must know what has started."""

@@ -82,6 +82,7 @@ class StartCall(NamedTuple):
     call: str
     tokens: tuple[str, ...]
     estimate_s: float
+    waits_s: float  # what the actor has ahead of it, as far as known
 
 
 class Interrupt(NamedTuple):

@@ -319,13 +319,15 @@ class Scheduler:
         seconds = [self._seconds(task.line.name) for task in tasks]
         estimate_s = sum(seconds)
         is_long = estimate_s >= self._rules.call_budget_s
-        actor.ends_at = max(now, actor.ends_at if actor.calls else now) + estimate_s
+        begins_at = max(now, actor.ends_at) if actor.calls else now
+        waits_s = max(begins_at, actor.free_at) - now
+        actor.ends_at = begins_at + estimate_s
         actor.calls[call] = _Call(set(tokens), estimate_s, is_long, self._estimates.is_steady(name))
         actor.last_call_at = now
         for task, each_s in zip(tasks, seconds, strict=True):
             self._running[task.token] = number, call, task.line.name, each_s
             self._lines.charge(task.line.name, each_s)
-        return StartCall(number, call, tokens, estimate_s)
+        return StartCall(number, call, tokens, estimate_s, waits_s)
 
     def _take(self, actor: _Actor, line: Line, now: float) -> list[Waiting]:
         """The tasks of the next call: the line's head, and what may share the call with it."""

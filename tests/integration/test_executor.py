@@ -1113,10 +1113,10 @@ def test_an_empty_actor_takes_a_call_larger_than_its_queue(folder, new_driver):
 
 
 def test_queue_estimates_tell_what_waits(driver, path, gate):
-    first = driver.send(task("hold", path, gate), estimate_s=1.5)
+    first = driver.send(task("hold", path, gate), estimate_s=1500.0)
     wait_for(exists(path), "the body to run")
-    second = driver.send(task("echo", 1), estimate_s=2.0)
-    assert second.reply.queue_s == pytest.approx(3.5)
+    second = driver.send(task("echo", 1), estimate_s=2000.0)
+    assert 3400.0 < second.reply.queue_s < 3500.0, "what is left of the first, and the second"
     open_gate(gate)
     first.outcomes(), second.outcomes()
     assert driver.send(task("echo", 1)).reply.queue_s == 0.0
@@ -1443,15 +1443,34 @@ def test_tasks_of_one_run_do_not_part(driver, path):
     assert kinds(sent.outcomes()) == ["succeeded"] * 2
 
 
+def call_of(driver, estimate_s, waits_s, *tasks):
+    return Call(uuid.uuid4().hex, driver.id, driver.config.release.id, tasks, estimate_s, True, waits_s)
+
+
 def test_a_call_queued_behind_a_slow_short_one_comes_back(driver, path):
-    slow = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("waits_for", str(path)),), 0.001, True)
-    behind = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("echo", 1),), 0.001, True)
+    slow = call_of(driver, 0.001, 0.0, task("waits_for", str(path)))
+    behind = call_of(driver, 0.001, 0.001, task("echo", 1))
     driver.shell.run(slow)
-    (answer,) = driver.shell.run(behind, wait_s=60.0).answers
-    assert kinds([answer]) == [FailureKind.HELD_UP]
+    reply = driver.shell.run(behind, wait_s=60.0)
+    assert kinds(reply.answers) == [FailureKind.HELD_UP]
+    assert reply.queue_s >= LIMITS.lease_s, "and its driver hears how long the actor will be busy"
     Path(path).touch()
     (answer,) = driver.shell.collect(slow, 60.0).answers
     assert isinstance(answer, Succeeded)
+
+
+def test_a_call_whose_driver_did_not_know_of_a_long_one_comes_back_at_once(driver, path, gate):
+    """Another driver's long call, of which this one has not heard yet: its own may find another actor free."""
+    held = driver.send(task("hold", path, gate), estimate_s=3600.0)
+    reply = driver.shell.run(call_of(driver, 0.001, 0.0, task("echo", 1)), wait_s=60.0)
+    assert kinds(reply.answers) == [FailureKind.HELD_UP]
+    assert 3000.0 < reply.queue_s < 3600.0, "what is left of it"
+    knows = call_of(driver, 0.001, reply.queue_s, task("echo", 1))
+    (answer,) = driver.shell.run(knows, wait_s=0.5).answers
+    assert isinstance(answer, Pending), "no other is free, and it says so: it stays"
+    open_gate(gate)
+    assert kinds(driver.shell.collect(knows, 60.0).answers) == ["succeeded"]
+    held.outcomes()
 
 
 # ---- the end of an idle actor

@@ -204,7 +204,16 @@ def test_among_free_actors_the_one_with_the_shortest_queue_comes_first():
     for actor, queue_s in [(0, 2.0), (1, 0.5)]:
         clock.do(ActorReady(actor)), clock.do(ActorBusy(actor, queue_s))
     (call,) = clock.wait()
-    assert call.actor == 1
+    assert (call.actor, call.waits_s) == (1, 0.5), "and the actor is told what was foreseen"
+
+
+def test_a_call_says_how_long_it_expects_to_wait():
+    clock = Clock(rules=RULES._replace(call_gap_s=0.0)).knows("tiny", TINY_S)
+    assert [calls(clock.wait(token=token))[0].waits_s for token in "ab"] == [0.0, pytest.approx(TINY_S)]
+    clock.do(ActorBusy(0, 3.0))
+    clock.do(TaskFinished("a", TINY_S))
+    (call,) = calls(clock.wait(token="c"))
+    assert call.waits_s == pytest.approx(3.0), "behind the calls of other drivers"
 
 
 def test_a_lost_actor_takes_no_calls_until_it_is_ready_again():
