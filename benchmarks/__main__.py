@@ -9,7 +9,20 @@ from benchmarks.approaches import ROOT
 from benchmarks.report import table
 from benchmarks.run import RESULTS
 
-NAMES = ("noop", "batching", "waiting", "mixed", "growth", "scaling", "warm", "photos", "arrays", "data", "gpu")
+NAMES = (
+    "noop",
+    "latency",
+    "batching",
+    "waiting",
+    "mixed",
+    "growth",
+    "scaling",
+    "warm",
+    "photos",
+    "arrays",
+    "data",
+    "gpu",
+)
 
 
 def main() -> int:

@@ -140,6 +140,12 @@ class Lane:
         self.caller.send_task(task, args, queue=self.approach.name).get(timeout=FIRST_RESULT_S)
         return time.perf_counter() - began
 
+    def call_timed(self) -> tuple[int, int, Any]:
+        """Send one task and wait for its result: nanoseconds of the monotonic clock before and after, and the value."""
+        began = time.monotonic_ns()
+        value = self.caller.send_task(*self.usual, queue=self.approach.name).get(timeout=FIRST_RESULT_S)
+        return began, time.monotonic_ns(), value
+
     def open_connections(self) -> None:
         """Have the caller make its connections, so that its first call does not pay for them."""
         result = self.caller.send_task("nobody", queue=f"{self.approach.name}.nobody")

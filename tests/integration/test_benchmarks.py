@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 #: As little of each as shows all of its parts; what is left out by --only runs elsewhere in this list.
 SMOKE = {
     "noop": "--rounds 1 --only prefork,blocking-ray,bridge,plain-ray,subprocess",
+    "latency": "--calls 5",
     "batching": "--rounds 1 --only bridge-batched",
     "waiting": "--rounds 1 --only bridge",
     "mixed": "--rounds 1 --only bridge,blocking-ray,prefork",
