@@ -49,7 +49,6 @@ class _Asked(NamedTuple):
     acks: list[Any]
     is_first: bool  # of those that look, on this connection
     looks: bool
-    noted_at: float  # wall clock: with this time Redis notes what it gives
 
 
 class GroupedChannel(BoundedChannel):
@@ -178,7 +177,7 @@ class GroupedChannel(BoundedChannel):
         room = self.qos.room  # type: ignore[attr-defined]
         keys, arguments, queues = self._question(room)
         before = self._watch.before(connection) if looks else []
-        self._asked = asked = _Asked(queues, room, self.qos.next_acks(), bool(before), looks, arguments[0])  # type: ignore[attr-defined]
+        self._asked = asked = _Asked(queues, room, self.qos.next_acks(), bool(before), looks)  # type: ignore[attr-defined]
         take = ("EVALSHA", self._take.sha, len(keys), *keys, *arguments, *asked.acks)
         look = self._watch.look(keys[2:]) if looks else []
         self._in_poll, self._brpop_sent_at, self._way_until = connection, time.monotonic(), None
@@ -247,7 +246,7 @@ class GroupedChannel(BoundedChannel):
             self._refused(answer)
         else:
             self._asked = None
-            self.keep(answer, asked.queues, asked.room, asked.noted_at)
+            self.keep(answer, asked.queues, asked.room)
         refusals = [each for each in replies if isinstance(each, ResponseError)]
         if refusals:
             self._say("Redis does not say when a list changes", as_text(refusals[0]), lasts(refusals[0]))
@@ -263,7 +262,7 @@ class GroupedChannel(BoundedChannel):
             self.qos.ack_again(self._asked.acks)  # type: ignore[attr-defined]
             self._asked = None
 
-    def note(self, message: Any, delivery_tag: Any) -> tuple[list[Any], list[str], int, float] | None:
+    def note(self, message: Any, delivery_tag: Any) -> tuple[list[Any], list[str], int] | None:
         """Note BRPOP's message as unacknowledged and take more, to `keep`; None: kombu has to note it."""
         if not self._reads or not self._may_take():
             return None
@@ -271,7 +270,7 @@ class GroupedChannel(BoundedChannel):
         text = self._noted_as(message, info["exchange"], info["routing_key"])
         keys, arguments, queues = self._question(count, delivery_tag, text)
         try:
-            return self._take(keys, arguments, client=self.plain_client), queues, count, arguments[0]
+            return self._take(keys, arguments, client=self.plain_client), queues, count
         except ResponseError as error:
             self._refused(error)
             return None
@@ -316,11 +315,11 @@ class GroupedChannel(BoundedChannel):
         keys = [self.prefixed(key) for key in (qos.unacked_index_key, qos.unacked_key, *lists)]
         rotates = int(type(cycle) is round_robin_cycle)
         bounds = (count, MOST_BYTES, READ_BYTES, LARGEST_BYTES)
-        return keys, [time.time(), len(queues), rotates, *bounds, tag, text], queues
+        return keys, [len(queues), rotates, *bounds, tag, text], queues
 
-    def keep(self, answer: list[Any], queues: list[str], count: int, noted_at: float) -> None:
-        """What the script has taken is to be delivered."""
-        is_left, *taken = answer
+    def keep(self, answer: list[Any], queues: list[str], count: int) -> float:
+        """What the script has taken is to be delivered; with which time of Redis' clock it is noted."""
+        is_left, noted_at, *taken = answer[0], float(answer[1]), *answer[2:]
         for number, tag, raw in zip(*[iter(taken)] * 3, strict=True):
             queue = queues[number - 1]
             self._queue_cycle.rotate(queue)  # type: ignore[attr-defined]
@@ -328,6 +327,7 @@ class GroupedChannel(BoundedChannel):
             self.qos.add_taken(tag.decode(), noted_at)  # type: ignore[attr-defined]
         self._is_left = is_left == 1
         self._is_full = len(taken) == 3 * count > 0
+        return noted_at
 
     def _deliver_taken(self) -> None:
         """Deliver what was taken. Should that fail, the rest goes back to its queues when the channel is closed."""

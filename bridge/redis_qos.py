@@ -42,11 +42,9 @@ class GroupedQoS(RenewingQoS):
         if answer is None:
             self.channel.complete(message)
             super().append(message, delivery_tag)
-            self.has_noted(delivery_tag)
         else:  # in the order of their arrival, in which kombu gives them back
             virtual.QoS.append(self, message, delivery_tag)
-            self.channel.keep(*answer)
-            self.has_noted(delivery_tag, answer[-1])
+            self.has_noted(delivery_tag, self.channel.keep(*answer))
         self.channel.is_built = True
 
     def is_only_taken(self, delivery_tag: Any) -> bool:

@@ -25,8 +25,8 @@ LARGEST_BYTES = 1 << 27
 
 #: What lets a worker wait without taking, where something does not.
 REMEDY = (
-    "let this user run HELLO, CLIENT TRACKING, CLIENT CACHING, SCRIPT LOAD, EVALSHA and what kombu needs, on Redis 6 "
-    "or newer without a proxy that refuses them; or use RabbitMQ"
+    "let this user run HELLO, CLIENT TRACKING, CLIENT CACHING, SCRIPT LOAD, EVALSHA, TIME and what kombu needs, "
+    "on Redis 6 or newer without a proxy that refuses them; or use RabbitMQ"
 )
 #: What a trial writes goes away by itself after this, in seconds.
 TRIAL_S = 10
@@ -38,10 +38,12 @@ _NEVER = ("unknown", "syntax", "wrong number of arguments")
 # BRPOPs would: most urgent list first, queues in turn. Only half of what waits, rounded up: other workers want theirs.
 # cjson reads a message, whose tag must be plain ASCII; what is stored is its text, untouched. The ZREM needs no memory,
 # and after a first write Redis lets a script finish: a full server would refuse to note what it gave away.
-# Answers 1 if it has left the first one, for it cannot read that or its list is none, else 0; then what it took.
+# Answers 1 if it has left the first one, for it cannot read that or its list is none, else 0; then with which time of
+# its own clock it has noted, and what it took.
 TAKE = """
-local now, queues, rotates = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1'
-local count, bytes, readable, largest = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local clock = redis.call('TIME')
+local now, queues, rotates = string.format('%d.%06d', clock[1], clock[2]), tonumber(ARGV[1]), ARGV[2] == '1'
+local count, bytes, readable, largest = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 
 local function note(tag, text)
   redis.call('ZREM', KEYS[1], tag)
@@ -70,12 +72,12 @@ local function read(raw)
   return tag, '[' .. raw .. ', ' .. cjson.encode(exchange) .. ', ' .. cjson.encode(key) .. ']'
 end
 
-if #ARGV > 9 then
-  redis.call('ZREM', KEYS[1], unpack(ARGV, 10))
-  redis.call('HDEL', KEYS[2], unpack(ARGV, 10))
+if #ARGV > 8 then
+  redis.call('ZREM', KEYS[1], unpack(ARGV, 9))
+  redis.call('HDEL', KEYS[2], unpack(ARGV, 9))
 end
-if ARGV[9] ~= '' then note(ARGV[8], ARGV[9]) end
-local order, is_empty, waiting, taken = {}, {}, 0, {0}
+if ARGV[8] ~= '' then note(ARGV[7], ARGV[8]) end
+local order, is_empty, waiting, taken = {}, {}, 0, {0, now}
 for queue = 1, queues do order[queue] = queue end
 for k = 3, #KEYS do
   local length = redis.pcall('LLEN', KEYS[k])
@@ -200,7 +202,7 @@ def trial(connection: Any, key: str) -> str:
     keys = [f"{key}.{name}" for name in ("index", "unacked", "queue")]
     queue = keys[-1]
     raw = json.dumps({"properties": {"delivery_tag": "trial", "delivery_info": {"exchange": "", "routing_key": queue}}})
-    question = (0.0, 1, 0, 1, MOST_BYTES, READ_BYTES, LARGEST_BYTES, "", "")
+    question = (1, 0, 1, MOST_BYTES, READ_BYTES, LARGEST_BYTES, "", "")
     watch = Watch()
     commands: list[tuple[Any, ...]] = [
         ("RPUSH", queue, raw),
@@ -216,7 +218,7 @@ def trial(connection: Any, key: str) -> str:
     refused = [reply for reply in replies if isinstance(reply, ResponseError)]
     if refused:
         return as_text(refused[0])
-    return "" if replies[3] == [0, 1, b"trial", raw.encode()] else "the script takes no message"
+    return "" if replies[3][2:] == [1, b"trial", raw.encode()] else "the script takes no message"
 
 
 def read_reply(connection: Any) -> Any:

@@ -2,21 +2,23 @@
 
 kombu notes with each unacknowledged message when it was delivered, and any worker gives back what was noted longer ago
 than `visibility_timeout`. Here the worker that holds messages notes them anew, every third of that time, so a long task
-is not delivered a second time while it runs, and a short time-out brings back soon what a dead worker held.
+is not delivered a second time while it runs, and a short time-out brings back soon what a dead worker held. All times
+are those of Redis' clock.
 """
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 from kombu.transport import redis as stock
 from kombu.transport import virtual
+from kombu.utils.json import dumps
 from redis.exceptions import RedisError, ResponseError
 
 from bridge.errors import as_text
+from bridge.redis_clock import RedisClock, boot_s
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +49,26 @@ return lost
 class RenewingQoS(stock.QoS):
     """Which messages are unacknowledged, and when this worker last noted them in Redis."""
 
+    #: Of the broker: it may jump while this worker has no connection.
+    clock = RedisClock()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._noted: dict[Any, float] = {}  # tag -> wall clock, not before what Redis holds
-        self._renewed_at = time.monotonic()
+        self._noted: dict[Any, float] = {}  # tag -> as Redis holds it
+        self._renewed_at = boot_s()
 
-    def has_noted(self, delivery_tag: Any, noted_at: float | None = None) -> None:
-        """Redis holds a message as this worker's, noted with this time of the wall clock; None: not after now."""
-        self._noted[delivery_tag] = time.time() if noted_at is None else noted_at
+    def append(self, message: Any, delivery_tag: Any) -> None:
+        """Note a message as unacknowledged, as kombu does, which asks this host's clock."""
+        info, now = message.delivery_info, self.clock.now()
+        text = dumps([message._raw, info["exchange"], info["routing_key"]])
+        with self.pipe_or_acquire() as pipe:
+            pipe.zadd(self.unacked_index_key, {delivery_tag: now}).hset(self.unacked_key, delivery_tag, text).execute()
+        virtual.QoS.append(self, message, delivery_tag)
+        self.has_noted(delivery_tag, now)
+
+    def has_noted(self, delivery_tag: Any, noted_at: float) -> None:
+        """Redis holds a message as this worker's, noted with this time of its clock."""
+        self._noted[delivery_tag] = noted_at
 
     @property
     def renew_every_s(self) -> float:
@@ -67,10 +81,10 @@ class RenewingQoS(stock.QoS):
         Raises:
             RedisError, OSError: the connection is gone.
         """
-        self._renewed_at = time.monotonic()
+        self._renewed_at = boot_s()
+        now = self._ask_clock()
         acknowledged = set(self._dirty)
         held = [tag for tag in list(self._delivered) if tag not in acknowledged]
-        now = time.time()
         noted = {tag: self._noted.get(tag, now) for tag in held}
         lost: list[Any] = []
         for start in range(0, len(held), MOST_TAGS):
@@ -82,6 +96,9 @@ class RenewingQoS(stock.QoS):
             self._noted.pop(tag, None)
         if lost:
             self.channel.connection.cycle.on_lost(lost)
+
+    def _ask_clock(self) -> float:
+        return self.clock.ask(self.channel.plain_client, float(self.visibility_timeout), self.renew_every_s)
 
     def _ask(self, now: float, tags: list[Any], noted: dict[Any, float]) -> list[Any]:
         """One question to Redis; the tags that are not this worker's any more, as far as Redis can tell."""
@@ -98,20 +115,40 @@ class RenewingQoS(stock.QoS):
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """At the end all that is held goes back to its queue, but nothing that is somebody else's by now."""
-        if self._delivered and time.monotonic() - self._renewed_at >= self.renew_every_s:
+        if self._delivered and boot_s() - self._renewed_at >= self.renew_every_s:
             with suppress(Exception):  # without a connection nothing can be given back either
                 self.renew()
         super().restore_unacked_once(stderr)
 
-    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Give back what dead workers hold; own messages first, should this worker have slept."""
-        if time.monotonic() - self._renewed_at >= self.renew_every_s:
+    def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
+        """Give back what dead workers hold, as kombu does; own messages first, should this worker have slept."""
+        if boot_s() - self._renewed_at >= self.renew_every_s:
             try:
                 self.renew()
             except ResponseError as error:  # a full or read-only server
                 logger.warning("messages in hand could not be renewed: %s; tried again soon", as_text(error))
                 return
-        super().restore_visible(*args, **kwargs)
+        self._vrestore_count += 1
+        if (self._vrestore_count - 1) % (interval or 1):
+            return
+        now = self._ask_clock()
+        with (
+            suppress(stock.MutexHeld),
+            self.channel.conn_or_acquire() as client,
+            stock.Mutex(client, self.unacked_mutex_key, self.unacked_mutex_expire),
+        ):
+            self._bring_back_to(now, client)
+            if self.clock.is_steady:
+                key, ceil = self.unacked_index_key, now - float(self.visibility_timeout)
+                for tag in client.zrange(key, ceil, 0, desc=True, byscore=True, offset=num and start, num=num):
+                    self.restore_by_tag(tag, client)
+
+    def _bring_back_to(self, now: float, client: Any) -> None:
+        """What was noted by a clock that was ahead would be given back as much later: it counts from now."""
+        key = self.unacked_index_key
+        ahead = client.zrange(key, now + self.renew_every_s, "+inf", byscore=True, offset=0, num=MOST_TAGS)
+        if ahead:
+            client.zadd(key, dict.fromkeys(ahead, now), xx=True)
 
 
 class RenewingPoller(stock.MultiChannelPoller):
@@ -154,12 +191,12 @@ class RenewingPoller(stock.MultiChannelPoller):
 
     def renew_if_overdue(self) -> None:
         """Before a task starts: should this worker have slept, others may have what it holds."""
-        if time.monotonic() >= self._overdue_at:
+        if boot_s() >= self._overdue_at:
             self._tick()
 
     def _tick(self) -> bool:
         """Renew, then look for what dead workers held; False when the connection is closed."""
-        self._overdue_at = time.monotonic() + 2 * self._every_s
+        self._overdue_at = boot_s() + 2 * self._every_s
         for channel in list(self._channels):
             if isinstance(channel._qos, RenewingQoS):
                 try:
