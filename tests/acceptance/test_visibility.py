@@ -1,4 +1,7 @@
-"""Redis' visibility time-out, short: nothing runs twice while its worker lives, and comes back soon when it is dead."""
+"""Redis' visibility time-out, short: nothing runs twice while its worker lives, and comes back soon when it is dead.
+
+The clocks of the workers' hosts are days apart and jump meanwhile.
+"""
 
 import json
 import os
@@ -7,10 +10,11 @@ import time
 
 import pytest
 
-from tests.support.services import Worker, wait_for
+from tests.support.services import ROOT, Worker, wait_for
 
 GET = {"timeout": 60}
 TIMEOUT_S = 3
+DAY_S = 86400
 QUEUE = "visible"
 MESSAGES = {
     "task_default_queue": QUEUE,
@@ -19,15 +23,30 @@ MESSAGES = {
 
 
 @pytest.fixture
-def start(environment, redis_server, tmp_path):
+def set_clock(tmp_path):
+    """``set_clock("a", 60)``: from now on the wall clock of worker `a` is a minute ahead; the file that says so."""
+
+    def write(name, off_s):
+        file = tmp_path / f"{name}.clock"
+        (tmp_path / "new").write_text(str(off_s))
+        return (tmp_path / "new").replace(file)
+
+    return write
+
+
+@pytest.fixture
+def start(environment, redis_server, tmp_path, set_clock):
     """``start("a")`` starts a worker with one slot and one child."""
     redis_server.client.flushall()
     env = {**environment, "CELERY_MESSAGES": json.dumps(MESSAGES), "BRIDGE_GPU_SLOTS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/support/jumping"), *filter(None, [os.getenv("PYTHONPATH")])])
     started = []
 
-    def start_worker(name):
+    def start_worker(name, off_s=0):
         options = ("-c", "1", "-n", f"{name}@%h", "--without-mingle", "--without-gossip")
-        started.append(Worker(tmp_path, *options, app="tests.apps.messages:app", env=env, log=f"{name}.log"))
+        own = {**env, "TESTS_CLOCK": str(set_clock(name, off_s))}
+        started.append(Worker(tmp_path, *options, app="tests.apps.messages:app", env=own, log=f"{name}.log"))
+        assert time.strftime("[%Y-%m-%d", time.localtime(time.time() + off_s)) in started[-1].output
         return started[-1]
 
     yield start_worker
@@ -61,13 +80,16 @@ def fill(send, scores, tmp_path):
     return results
 
 
-def test_a_living_worker_keeps_what_it_holds(start, send, scores, redis_server, tmp_path):
+def test_a_living_worker_keeps_what_it_holds_whatever_the_clocks_say(start, send, scores, set_clock, tmp_path):
     start("first")
     results = fill(send, scores, tmp_path)
     noted = scores()
-    other = start("other")
-    last = max(noted.values())
-    wait_for(lambda: scores() and min(scores().values()) > last + 3 * TIMEOUT_S, "all to be noted anew for long")
+    other = start("other", DAY_S)
+    for off_s in (0, -DAY_S, DAY_S):
+        set_clock("first", off_s)
+        last = max(scores().values())
+        wait_for(lambda: scores() and min(scores().values()) > last + TIMEOUT_S, "all to be noted anew for long")  # noqa: B023
+        assert "received" not in other.output
     assert scores().keys() <= noted.keys()
     (tmp_path / "gate").touch()
     assert [result.get(**GET) for result in results] == ["gpu", "cpu", "gpu", "cpu", "later"]
@@ -77,8 +99,9 @@ def test_a_living_worker_keeps_what_it_holds(start, send, scores, redis_server, 
     assert "received" not in other.output
 
 
-def test_a_dead_workers_messages_come_back_soon(start, send, scores, tmp_path):
-    first, other = start("first"), start("other")
+def test_a_dead_workers_messages_come_back_soon_whatever_the_clocks_say(start, send, scores, set_clock, tmp_path):
+    first, other = start("first", DAY_S), start("other")
+    set_clock("other", -DAY_S)
     results = [send("cpu.holds", str(tmp_path / "gate"), str(tmp_path / "held"), "it") for _ in range(2)]
     wait_for(lambda: len(lines(tmp_path / "held")) == 2, "both workers to run one")
     first.kill_group()

@@ -5,11 +5,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from kombu.transport import redis as stock
 
+from bridge.redis_clock import RedisClock
 from bridge.visibility import cautions
 from tests.integration.test_redis_channel import calls, desk, noted, publish, server  # noqa: F401 - fixtures
 
 OLD = 1000.0
+DAY_S = 86400.0
 
 
 @pytest.fixture
@@ -139,6 +142,115 @@ def test_many_more_than_one_script_looks_at(server, desk, age, monkeypatch):  # 
     one.channel.qos.renew()
     assert calls(server.client)["evalsha"] == 3
     assert min(scores(server.client).values()) > time.time() - OLD / 2
+
+
+# ---- clocks
+
+
+@pytest.fixture
+def own_clocks(desk):  # noqa: F811
+    """``own_clocks(n)`` opens consumers as in n processes; the time-out is a minute."""
+
+    def open_desks(count):
+        found = [desk(visibility_timeout=60) for _ in range(count)]
+        for each in found:
+            each.channel.qos.clock = RedisClock()
+            each.channel.qos.renew()
+        return found
+
+    return open_desks
+
+
+def redis_jumps(desks, by_s, age):
+    """All that is noted, and all that was known of Redis' clock, is so much older now."""
+    age(by=by_s)
+    for each in desks:
+        qos = each.channel.qos
+        qos._noted = {tag: noted_at - by_s for tag, noted_at in qos._noted.items()}
+        qos.clock._said -= by_s
+
+
+@pytest.mark.parametrize("has_scripts", [True, False])
+@pytest.mark.parametrize("off_s", [DAY_S, -DAY_S])
+def test_a_hosts_clock_means_nothing(server, own_clocks, monkeypatch, has_scripts, off_s):  # noqa: F811
+    one, other = own_clocks(2)
+    publish(server.url, range(6))
+    if not has_scripts:
+        one.channel._refused_until = time.monotonic() + 1000
+    real = time.time
+    for module in (time, stock):
+        monkeypatch.setattr(module, "time", lambda: real() + off_s)
+    assert sorted(one.drain()) == list(range(6))
+    for ask in (lambda: None, one.channel.qos.renew):
+        ask()
+        assert all(abs(score - real()) < 30 for score in scores(server.client).values())
+        other.channel.qos.restore_visible(interval=1)
+        assert len(noted(server.client)) == 6
+
+
+def test_what_was_noted_by_a_clock_that_was_ahead_counts_from_now(server, own_clocks, age):  # noqa: F811
+    dead, other = own_clocks(2)
+    publish(server.url, range(3))
+    assert len(dead.drain()) == 3
+    age(by=-DAY_S)
+    other.channel.qos.restore_visible(interval=1)
+    assert len(noted(server.client)) == 3 and max(scores(server.client).values()) < time.time() + 30
+    dead.channel.qos.renew()
+    assert len(scores(server.client)) == 3, "and it is its own if it lives"
+    age(by=61)
+    other.channel.qos.restore_visible(interval=1)
+    assert server.client.llen("q") == 3
+
+
+@pytest.mark.parametrize("by_s", [DAY_S, -DAY_S])
+def test_while_redis_clock_has_jumped_nothing_is_given_back(server, own_clocks, age, caplog, by_s):  # noqa: F811
+    one, dead, other = desks = own_clocks(3)
+    publish(server.url, range(3))
+    one.drain()
+    publish(server.url, range(3, 5))
+    dead.drain()
+    redis_jumps(desks, by_s, age)
+    with caplog.at_level(logging.WARNING):
+        other.channel.qos.restore_visible(interval=1)
+    assert caplog.text.count("Redis' clock has jumped by") == 1
+    one.channel.qos.renew()
+    other.channel.qos.restore_visible(interval=1)
+    assert len(noted(server.client)) == 5 and server.client.llen("q") == 0
+    age(by=61)
+    one.channel.qos._noted = {tag: noted_at - 61 for tag, noted_at in one.channel.qos._noted.items()}
+    one.channel.qos.renew()
+    other.channel.qos.clock._steady_at = 0.0  # a time-out later
+    other.channel.qos.restore_visible(interval=1)
+    assert noted(server.client).keys() == tags(one.received) and server.client.llen("q") == 2
+
+
+def test_a_small_step_of_redis_clock_is_no_jump(server, own_clocks, age):  # noqa: F811
+    dead, other = own_clocks(2)
+    publish(server.url, range(2))
+    dead.drain()
+    age(by=61)
+    other.channel.qos.clock._said -= 19
+    other.channel.qos.restore_visible(interval=1)
+    assert server.client.llen("q") == 2
+
+
+def test_a_redis_that_does_not_tell_its_time(server, desk, age, caplog):  # noqa: F811
+    publish(server.url, range(3))
+    server.client.execute_command("ACL", "SETUSER", "timeless", "on", "nopass", "~*", "&*", "+@all", "-time")
+    try:
+        one = desk(url=server.url.replace("redis://", "redis://timeless:x@"), visibility_timeout=60)
+        assert sorted(one.drain()) == [0, 1, 2]
+        age()
+        for _ in range(2):
+            one.channel.qos.renew()
+        assert min(scores(server.client).values()) > time.time() - OLD / 2
+        assert caplog.text.count("Redis does not tell its time (NoPermissionError") == 1
+        one.connection.close()
+    finally:
+        server.client.acl_deluser("timeless")
+
+
+# ---- what is said
 
 
 @pytest.mark.parametrize(

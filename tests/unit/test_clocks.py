@@ -11,9 +11,8 @@ ALLOWED = {
     "bridge/blame.py": "when an executor died, for people",
     "bridge/consumer.py": "whether `expires`, a date the producer has written, has passed",
     "bridge/dead_letters.py": "when a task was poisoned, for people",
-    "bridge/redis_channel.py": "the score of an unacknowledged message, as kombu writes it",
+    "bridge/redis_clock.py": "what Redis' clock may say, until it is asked",
     "bridge/replay.py": "whether `expires` has passed, of a dead letter",
-    "bridge/visibility.py": "the score of an unacknowledged message, as kombu writes it",
 }
 WALL = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today")}
 
