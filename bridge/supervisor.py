@@ -144,6 +144,8 @@ class DriverSupervisor:
         self._restart_at = None
         for request in list(self._requests.values()):
             self._settle_or_send(request)
+        if self._giving_back:
+            self._send(Flush(ends=True))
         self._register()
 
     def _settle_or_send(self, request: GpuRequest) -> None:
@@ -484,7 +486,7 @@ class DriverSupervisor:
         for request in self._requests.values():
             request.run = request.run._replace(lost=request.run.lost + (not planned))
         wanted = [each for each in self._requests.values() if not each.cancelled]
-        lost = [each for each in wanted if each.accepted or each.run.lost >= MAX_LOST]
+        lost = [each for each in wanted if each.run.lost >= MAX_LOST or (each.accepted and not self._runs_again(each))]
         logger.log(
             logging.INFO if planned and not lost else logging.ERROR,
             "the GPU driver ended (exit code %s): %d GPU tasks are lost, %d go to the next driver",
@@ -496,12 +498,19 @@ class DriverSupervisor:
             self._fail(request, _einfo(error))
             _call(request.on_end)
         for request in list(self._requests.values()):
-            request.is_sent = False
+            request.is_sent = request.accepted = False
             self._settle_or_send(request)
         self.report = {**self.report, "actors": [], "results": ""}
         if self._giving_back:
             self.flush_requests()
         self._schedule_restart()
+
+    def _runs_again(self, request: GpuRequest) -> bool:
+        """Whether a late task goes on although it is lost: Celery would acknowledge it first, and could not say so."""
+        if not self.report.get("results"):  # they are stored
+            return False
+        task = self._app.tasks[request.run.task]
+        return bool(task.acks_late) and task.reject_on_worker_lost is not False
 
     def _schedule_restart(self) -> None:
         first, longest = BACKOFF_S

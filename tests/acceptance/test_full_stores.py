@@ -1,6 +1,8 @@
 """Redis that refuses results, and an object store with less room than what is on its way."""
 
 import json
+import os
+import signal
 import socket
 
 import pytest
@@ -97,6 +99,22 @@ def test_a_late_result_waits_unacknowledged_until_redis_stores_again(
     assert sorted(log.read_text().split()) == ["0", "1", "2", "3", "4"], "each has run once"
     wait_for(lambda: unacknowledged(redis_server, results) == 0, "the acknowledgements")
     wait_for(lambda: gpu(client)["results"] == "", "the trouble to be over")
+
+
+def test_a_driver_that_is_killed_while_results_wait_costs_no_outcome(
+    client, to_refused, backend, redis_server, tmp_path
+):
+    log = tmp_path / "log"
+    refuse(backend, "replica")
+    results = [to_refused("records", str(log), str(number)) for number in range(SLOTS)]
+    wait_for(lambda: log.exists() and len(log.read_text().split()) == SLOTS, "all bodies to run")
+    wait_for(lambda: CAUSES["replica"] in gpu(client)["results"], "the cause to be told")
+    os.kill(gpu(client)["driver"], signal.SIGKILL)
+    wait_for(lambda: len(log.read_text().split()) == 2 * SLOTS, "the next driver to run them again")
+    assert unacknowledged(redis_server, results) == SLOTS, "Celery would acknowledge them and lose that they are lost"
+    accept(backend)
+    assert [result.get(**GET) for result in results] == ["0", "1", "2"]
+    wait_for(lambda: unacknowledged(redis_server, results) == 0, "the acknowledgements")
 
 
 def test_an_early_one_waits_for_as_long_as_celery_would_and_the_log_has_it(

@@ -1,6 +1,7 @@
 """The worker's bookkeeping of requests: restart, give-back, death and cancellation of the driver, told by hand."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 from billiard.exceptions import Terminated, WorkerLostError
@@ -166,6 +167,37 @@ def test_what_a_death_does_to_each_request(lab):
     errors = {name: type(getattr(error, "exc", error)) for name, error in errors.items()}
     assert errors == {"running": WorkerLostError, "revoked": Terminated, "started": Terminated}
     assert lab.received() == ["waiting"] and waiting.run.lost == 1
+
+
+@pytest.mark.parametrize(
+    ("late", "on_lost", "trouble", "goes_on"),
+    [
+        (True, None, "OOM", True),
+        (True, True, "OOM", True),
+        (True, False, "OOM", False),
+        (False, None, "OOM", False),
+        (True, None, "", False),
+    ],
+)
+def test_while_nothing_is_stored_a_death_costs_no_late_task(lab, late, on_lost, trouble, goes_on):
+    task = SimpleNamespace(acks_late=late, reject_on_worker_lost=on_lost)
+    lab.supervisor._app = SimpleNamespace(tasks={None: task})
+    request = lab.send("it")
+    lab.say(Accepted(serial(request), 1.0), Report(0, {"actors": [], "results": trouble}, None))
+    lab.received(), lab.said()
+    lab.die()
+    assert lab.received() == (["it"] if goes_on else [])
+    assert lab.said() == ([] if goes_on else [("it", "error_callback"), ("it", "end")])
+    assert lab.supervisor.running == 0
+
+
+def test_who_takes_over_while_the_worker_ends_is_told_so(lab):
+    running = lab.send("running")
+    lab.say(Accepted(serial(running), 1.0), Returned(serial(running)))
+    lab.supervisor.give_back()
+    lab.received()
+    lab.die()
+    assert lab.received() == ["running", Flush]
 
 
 def test_a_request_wanted_back_comes_back_only_if_it_has_not_started(lab):
