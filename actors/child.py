@@ -30,6 +30,7 @@ from actors.contract import (
     Step,
     Succeeded,
 )
+from actors.gateway import Gateway, Lender
 from actors.journal import Journal, Running
 
 #: An executor that waits for a call takes it at once; one that does not within this many seconds is broken.
@@ -40,9 +41,14 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Child:
-    """One executor. Made and used on the actor's supervisor thread: the kernel ends it with that thread."""
+    """One executor. Made and used on the actor's supervisor thread: the kernel ends it with that thread.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: what it is started with.
+        in_ray: Ray's object store, if it is to reach that.
+    """
+
+    def __init__(self, config: Config, in_ray: Lender | None = None) -> None:
         self.release = config.release
         self.started_at = time.monotonic()
         self.ready: Ready | None = None
@@ -57,17 +63,19 @@ class Child:
         self.serial_to_end = 0  # the body a planned end is meant for
         self.journal = Journal.create()
         self._offset = 0
+        self._gateway = Gateway(in_ray) if in_ray is not None else None
         ours, theirs = socket.socketpair()
+        fds = [theirs.fileno(), self.journal.fd, *([self._gateway.theirs.fileno()] if self._gateway else [])]
         try:
-            command = [sys.executable, "-m", "actors.executor", str(theirs.fileno()), str(self.journal.fd)]
+            command = [sys.executable, "-m", "actors.executor", *map(str, fds)]
             environment = {**os.environ, **dict(config.release.environment)}
             # The parent's path, so that `actors` is found wherever the actor found it; -m adds the working directory.
             environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
-            self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno(), self.journal.fd], env=environment, stdin=subprocess.DEVNULL
-            )
+            self.process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL)
         finally:
             theirs.close()
+            if self._gateway is not None:
+                self._gateway.theirs.close()
         self.exit_fd = os.pidfd_open(self.process.pid)  # readable once it has ended, whoever else holds its pipe
         ours.settimeout(SEND_S)
         self.socket = ours
@@ -184,6 +192,8 @@ class Child:
         """Forget the journal; after `reap` and the last `running`."""
         os.close(self.exit_fd)
         self.journal.close()
+        if self._gateway is not None:
+            self._gateway.close()
 
 
 def is_outcome(message: Any) -> bool:

@@ -240,12 +240,13 @@ class Reason(IntEnum):
 class StoreConfig(NamedTuple):
     """Where large data lie; seconds and bytes."""
 
-    url: str | None = None  # of Redis, or a root that fsspec opens; None is the app's own Redis
+    url: str | None = None  # of Redis, a root that fsspec opens, or "ray"; None is the app's own Redis
     roots: tuple[str, ...] = ()  # below which references to files and URLs are read
     keep_s: float = 3600.0
     timeout_s: float = 10.0
     limit_bytes: int = 1 << 34  # one array, at most
     inline_bytes: int = 65_536  # an array that a body wants sent travels inside the message up to this
+    ray_bytes: int = 1 << 33  # in Ray's object store, of one namespace, at most
 
 
 class Config(NamedTuple):

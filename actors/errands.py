@@ -19,10 +19,15 @@ def add_errands(app: Any) -> None:
             app.task(body, name=name, gpu=True, acks_late=True, ignore_result=False, shared=False)
 
 
-def export(array: Array, inline_bytes: int = 0) -> dict[str, Any]:
-    """JSON of an envelope with an array of up to so many bytes, of a reference to a larger one; 0: always of one."""
-    host = to_host(array)
-    form = Inline.of(host) if inline_bytes and host.nbytes <= inline_bytes else opening.current().stores.put(host)
+def export(array: Array, inline_bytes: int = 0, to_actor: bool = False) -> dict[str, Any]:
+    """JSON of an envelope with an array of up to so many bytes, of a reference to a larger one; 0: always of one.
+
+    What goes `to_actor` goes through Ray's object store.
+    """
+    host, stores = to_host(array), opening.current().stores
+    if to_actor:
+        return stores.put_for_actor(host).model_dump(mode="json")
+    form = Inline.of(host) if inline_bytes and host.nbytes <= inline_bytes else stores.put(host)
     return form.model_dump(mode="json")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import _state as celery_state
 
-from actors import arrays, device_results, frames, residents
+from actors import arrays, device_results, frames, residents, stores
 from actors.contract import (
     EXIT_NOT_STARTED,
     STEP_DEVICE,
@@ -38,6 +38,7 @@ from actors.contract import (
 )
 from actors.device import is_short_of_memory, open_device
 from actors.device_api import Device, DeviceUnusable
+from actors.gateway import ActorStore
 from actors.journal import Journal
 from actors.leaks import Leaks
 from actors.logs import Output
@@ -164,12 +165,14 @@ class Executor:
             self._pipe.send_bytes(pickle.dumps(message, 5))
 
 
-def main(pipe_fd: int, journal_fd: int) -> None:
-    """Entry of the child process; the actor has passed both descriptors."""
+def main(pipe_fd: int, journal_fd: int, gateway_fd: int | None = None) -> None:
+    """Entry of the child process; the actor has passed the descriptors."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the worker to decide on
     pipe = Connection(pipe_fd)
     config: Config = frames.receive(pipe_fd)
+    in_ray = ActorStore(gateway_fd, config.stores.timeout_s)
+    stores.reach_ray = lambda _app, _config: in_ray
     executor = Executor(pipe, Journal(journal_fd), config)
     try:
         executor.start()
@@ -185,4 +188,4 @@ def main(pipe_fd: int, journal_fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

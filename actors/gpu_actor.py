@@ -1,4 +1,4 @@
-"""The Ray actor: reserves one GPU and lends `ActorShell` to drivers. The only file here that imports ray.
+"""The Ray actor: reserves one GPU and lends `ActorShell` to drivers. It and `ray_store.py` alone import ray here.
 
 Named by slot, detached, shared by all workers of a namespace. Its constructor touches no CUDA: an exception there would
 be permanent death for the actor.
@@ -12,6 +12,7 @@ import ray
 
 from actors.contract import Busy, Config, Health, Reason, Reply
 from actors.entries import Limits
+from actors.ray_store import RayStore
 from actors.shell import ActorShell
 
 #: Call threads: two calls and two collects of each driver that shares the actor, with room; threads are cheap.
@@ -25,7 +26,10 @@ class GpuActor:
     """One GPU: calls in, outcomes out; control methods answer while bodies run."""
 
     def __init__(self, slot: int, limits: Limits) -> None:
-        self._shell = ActorShell(slot, limits, self._end, accelerator_here())
+        namespace = ray.get_runtime_context().namespace
+        self._shell = ActorShell(
+            slot, limits, self._end, accelerator_here(), lambda config: RayStore(namespace, config)
+        )
 
     def run(self, call: bytes, wait_s: float, parts: Sequence[Any] = ()) -> bytes:
         """See `ActorShell.run`; both pickled, because Ray's own serialisation of a tuple takes far longer.

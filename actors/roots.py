@@ -1,4 +1,4 @@
-"""Which places data may be read from. Touches nothing but links in the file system, which it follows."""
+"""Which places data may be read from, and what references say of them. Touches nothing but links in the file system."""
 
 import os
 import posixpath
@@ -7,10 +7,36 @@ from urllib.parse import urlsplit
 
 from actors.errors import DataRefused
 
+#: What BRIDGE_DATA_URL and `data.put(array, store=...)` call Ray's object store.
+RAY = "ray"
+
 
 def is_redis(url: str) -> bool:
     """Whether BRIDGE_DATA_URL names a Redis."""
     return url.startswith(("redis://", "rediss://", "unix://"))
+
+
+def name_in(url: str) -> str:
+    """The random name in a reference to data in Redis or in Ray's object store.
+
+    Raises:
+        DataRefused: it holds something else.
+    """
+    name = url.partition(":")[2]
+    if len(name) != 32 or not name.isalnum():
+        raise DataRefused(f"{url[:80]} is no reference to data in Redis, nor in Ray's object store")
+    return name
+
+
+def known_size(url: str, size_bytes: int | None) -> int:
+    """The size that a reference to such data tells.
+
+    Raises:
+        DataRefused: it does not.
+    """
+    if size_bytes is None:
+        raise DataRefused(f"{url}: a reference to such data tells their size_bytes")
+    return size_bytes
 
 
 def allowed_place(url: str, roots: list[str]) -> str:

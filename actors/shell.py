@@ -35,10 +35,12 @@ from actors.contract import (
     Outcome,
     Reason,
     Reply,
+    StoreConfig,
     Succeeded,
     TaskCall,
 )
 from actors.entries import Entry, Limits, Tally, lost
+from actors.gateway import Lender
 from actors.journal import Running
 
 #: Executors at once: the release in use and the one that takes over.
@@ -64,13 +66,20 @@ RESEND_S = 0.02
 
 
 class ActorShell:
-    """What a GPU actor does; thread-safe. `on_abandoned` is called once when no driver wants the actor any more."""
+    """What a GPU actor does; thread-safe. `on_abandoned` is called once when no driver wants the actor any more.
 
-    def __init__(self, slot: int, limits: Limits, on_abandoned: Callable[[], None], accelerator: str = "") -> None:
+    `reach_ray` gives executors Ray's object store.
+    """
+
+    def __init__(
+        self, slot: int, limits: Limits, on_abandoned: Callable[[], None], accelerator: str = "",
+        reach_ray: Callable[[StoreConfig], Lender] | None = None,
+    ) -> None:  # fmt: skip
         self._slot = slot
         self._accelerator = accelerator
         self._limits = limits
         self._on_abandoned = on_abandoned
+        self._reach_ray = reach_ray
         self._lock = threading.RLock()
         self._queue: deque[Entry] = deque()
         self._entries: dict[str, Entry] = {}
@@ -306,7 +315,8 @@ class ActorShell:
             if not self._breaker.may_start(now):
                 break
             self._generation += 1
-            self._children[release] = Child(self._config_of(release))
+            config = self._config_of(release)
+            self._children[release] = Child(config, self._reach_ray(config.stores) if self._reach_ray else None)
 
     def _config_of(self, release: str) -> Config:
         """Where there was a GPU, no executor may take NumPy instead: the GPU is broken, and tasks belong elsewhere."""

@@ -1,4 +1,4 @@
-"""Where large data lie while a message carries a reference to them: Redis, or a place below an allowed root.
+"""Where large data lie while a message carries a reference to them: Redis, a place below an allowed root, or Ray.
 
 A store is used by whoever makes the data (a producer, an executor) and whoever needs them (an executor, a producer),
 never by the worker or the driver. A reference names a place, never an address or a password of Redis: each reader has
@@ -25,7 +25,7 @@ from actors.arrays import ArrayRef, assembled
 from actors.blobs import BlobRef
 from actors.contract import StoreConfig
 from actors.errors import DataCorrupt, DataError, DataLost, DataRefused, StoreUnavailable
-from actors.roots import allowed_place, is_redis
+from actors.roots import RAY, allowed_place, is_redis, known_size, name_in
 from actors.shared_redis import shared_redis
 from actors.sizes import readable
 from actors.web import fetch
@@ -75,6 +75,19 @@ class Store(Protocol):
         ...
 
 
+class BriefStore(Store, Protocol):
+    """Ray's object store."""
+
+    def write(self, data: memoryview, keep_s: float, is_brief: bool = False) -> str:
+        """As `Store.write`; `is_brief` data end with the actor that makes them."""
+        ...
+
+
+#: How this process reaches Ray's object store, for an app and as configured; it raises StoreUnavailable where it does
+#: not. `bridge/object_store.py` sets it, and in executors their start.
+reach_ray: "Callable[[Any, StoreConfig], BriefStore] | None" = None
+
+
 class RedisStore:
     """Data in Redis, under keys of their own that expire."""
 
@@ -96,7 +109,7 @@ class RedisStore:
 
     def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """As `Store.read`."""
-        for key in self._keys(_name(url), _known(url, size_bytes)):
+        for key in self._keys(name_in(url), known_size(url, size_bytes)):
             try:
                 piece = self._ask(self._client.get, key)
             except redis.RedisError as error:
@@ -108,7 +121,7 @@ class RedisStore:
     def delete(self, url: str, size_bytes: int | None) -> None:
         """As `Store.delete`."""
         try:
-            self._client.unlink(*self._keys(_name(url), _known(url, size_bytes)))
+            self._client.unlink(*self._keys(name_in(url), known_size(url, size_bytes)))
         except redis.RedisError as error:
             raise StoreUnavailable(f"Redis did not answer: {_text(error)}") from error
 
@@ -148,7 +161,9 @@ class RootedStore:
 
     def __init__(self, config: StoreConfig) -> None:
         self._timeout_s = config.timeout_s
-        self.home = config.url.rstrip("/") + "/" if config.url and not is_redis(config.url) else ""
+        self.home = (
+            config.url.rstrip("/") + "/" if config.url and config.url != RAY and not is_redis(config.url) else ""
+        )
         self._roots = [root.rstrip("/") + "/" for root in config.roots] + ([self.home] if self.home else [])
 
     def write(self, data: memoryview, keep_s: float) -> str:
@@ -214,7 +229,7 @@ class RootedStore:
 
 
 class Stores:
-    """The stores of a process: Redis for ``redis:`` references, fsspec for all others.
+    """The stores of a process: Redis for ``redis:`` references, Ray's for ``ray:``, fsspec for all others.
 
     Args:
         app: the Celery app, whose Redis is used where the configuration names none.
@@ -226,8 +241,22 @@ class Stores:
         self._redis: RedisStore | None = None
         self._rooted = RootedStore(config)
 
-    def put(self, array: "numpy.ndarray[Any, Any]", keep_s: float | None = None, once: bool = False) -> ArrayRef:
+    def put(
+        self,
+        array: "numpy.ndarray[Any, Any]",
+        keep_s: float | None = None,
+        once: bool = False,
+        store: str | None = None,
+        is_brief: bool = False,
+    ) -> ArrayRef:
         """Write an array; the reference that finds it.
+
+        Args:
+            array: of numbers.
+            keep_s: for so long, where data expire; default BRIDGE_DATA_KEEP_S.
+            once: delete it when its task has ended.
+            store: "ray", or None for the one that BRIDGE_DATA_URL says.
+            is_brief: in Ray's object store it may end with this process.
 
         Raises:
             DataRefused: it is larger than BRIDGE_DATA_LIMIT_BYTES.
@@ -236,11 +265,21 @@ class Stores:
         array = numpy.asarray(array)  # not ascontiguousarray, which gives a scalar a dimension
         array = array if array.flags.c_contiguous else array.copy(order="C")
         data = memoryview(array.reshape(-1).view(numpy.uint8) if array.size else b"")  # type: ignore[arg-type]
-        return ArrayRef(dtype=array.dtype.str, shape=array.shape, once=once, **self._write(data, keep_s))
+        written = self._write(data, keep_s, store, is_brief)
+        return ArrayRef(dtype=array.dtype.str, shape=array.shape, once=once, **written)
 
-    def put_bytes(self, data: Any, keep_s: float | None = None, once: bool = False) -> BlobRef:
-        """Write bytes; the reference that finds them. Errors as `put`."""
-        return BlobRef(once=once, **self._write(memoryview(data).cast("B"), keep_s))
+    def put_for_actor(self, array: "numpy.ndarray[Any, Any]") -> ArrayRef:
+        """Write an array that a task on another actor waits for: through Ray, or where that takes none as ever."""
+        try:
+            return self.put(array, store=RAY, is_brief=True)
+        except StoreUnavailable:
+            return self.put(array)
+
+    def put_bytes(
+        self, data: Any, keep_s: float | None = None, once: bool = False, store: str | None = None
+    ) -> BlobRef:
+        """Write bytes; the reference that finds them. Arguments and errors as `put`."""
+        return BlobRef(once=once, **self._write(memoryview(data).cast("B"), keep_s, store))
 
     def pieces(self, ref: Ref, most_bytes: int | None = None) -> Iterator[Any]:
         """The bytes of a reference, in pieces; they are right only if this ends without an error.
@@ -258,10 +297,16 @@ class Stores:
         return self._checked(ref, limit_bytes if most_bytes is None else min(most_bytes, limit_bytes))
 
     def get(self, ref: Ref, most_bytes: int | None = None) -> Any:
-        """Read an array or bytes into the host's memory; errors as `pieces`."""
+        """Read an array or bytes into the host's memory; errors as `pieces`.
+
+        In a process that has joined Ray's cluster an array in Ray's object store is not copied, and read-only.
+        """
         pieces = self.pieces(ref, most_bytes)
         if isinstance(ref, BlobRef):
-            return b"".join(pieces)
+            return b"".join(map(bytes, pieces))  # each as it comes: the next may take its place
+        store = self._store_of(ref)
+        if hasattr(store, "lend"):
+            return store.lend(ref.url, ref.size_bytes).view(ref.dtype).reshape(ref.shape)
         return assembled(pieces, ref.shape, ref.dtype)
 
     def delete(self, ref: Ref) -> None:
@@ -274,13 +319,19 @@ class Stores:
         self._check_size(ref.size_bytes)  # or a lie about it makes millions of names
         self._store_of(ref).delete(ref.url, ref.size_bytes)
 
-    def _write(self, data: memoryview, keep_s: float | None) -> dict[str, Any]:
+    def _write(
+        self, data: memoryview, keep_s: float | None, store: str | None = None, is_brief: bool = False
+    ) -> dict[str, Any]:
+        if store not in (None, RAY):
+            raise ValueError(f'store is "{RAY}", or None for where BRIDGE_DATA_URL says; not {store!r}')
         self._check_size(data.nbytes)
         wanted_s = self._config.keep_s if keep_s is None else keep_s
-        home: Store = self._rooted if self._rooted.home else self._in_redis()
-        url = home.write(data, wanted_s)
-        expires_at = time.time() + wanted_s if url.startswith("redis:") else None
-        checksum = f"xxh3:{xxhash.xxh3_64_hexdigest(data)}"
+        if (store or self._config.url) == RAY:  # without a checksum: no object of Ray's ever changes
+            url, checksum = self._in_ray().write(data, wanted_s, is_brief), ""
+        else:
+            home: Store = self._rooted if self._rooted.home else self._in_redis()
+            url, checksum = home.write(data, wanted_s), f"xxh3:{xxhash.xxh3_64_hexdigest(data)}"
+        expires_at = time.time() + wanted_s if url.startswith(("redis:", "ray:")) else None
         return {"url": url, "size_bytes": data.nbytes, "checksum": checksum, "expires_at": expires_at}
 
     def _checked(self, ref: Ref, most_bytes: int) -> Iterator[Any]:
@@ -309,7 +360,14 @@ class Stores:
             )
 
     def _store_of(self, ref: Ref) -> Store:
+        if ref.url.startswith("ray:"):
+            return self._in_ray()
         return self._in_redis() if ref.url.startswith("redis:") else self._rooted
+
+    def _in_ray(self) -> BriefStore:
+        if reach_ray is None:
+            raise StoreUnavailable("this process cannot reach Ray's object store: import bridge.data")
+        return reach_ray(self.app, self._config)
 
     def _in_redis(self) -> RedisStore:
         if self._redis is None:
@@ -335,19 +393,6 @@ class Stores:
         # A connection that went stale is made anew; one that hangs is not waited for twice.
         client.set_retry(Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)))
         return client, prefix
-
-
-def _name(url: str) -> str:
-    name = url.removeprefix("redis:")
-    if len(name) != 32 or not name.isalnum():
-        raise DataRefused(f"{url[:80]} is no reference to data in Redis")
-    return name
-
-
-def _known(url: str, size_bytes: int | None) -> int:
-    if size_bytes is None:
-        raise DataRefused(f"{url}: a reference to data in Redis tells their size_bytes")
-    return size_bytes
 
 
 @contextmanager

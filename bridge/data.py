@@ -14,7 +14,7 @@ travel inside, and by reference where a producer says so: ``data.put_bytes(path.
 
 import asyncio
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 from celery import current_app, signals
@@ -31,6 +31,7 @@ from actors.pictures import Image, ImageSpec
 from actors.stores import Stores
 from bridge import unread
 from bridge.errors import HandleLost
+from bridge.object_store import use_ray
 from bridge.settings import settings
 
 __all__ = ["Array", "ArrayRef", "ArraySpec", "Blob", "BlobRef", "BlobSpec", "DeviceArray", "Image", "ImageSpec"]
@@ -42,32 +43,40 @@ MARKER, BLOB_MARKER = "bridge.array", "bridge.blob"
 FETCH_S = 60.0
 
 
-def put(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
+def put(
+    array: Any, *, keep_s: float | None = None, once: bool = False, store: Literal["ray"] | None = None
+) -> ArrayRef:
     """Write an array to the store of the current Celery app, and return the reference that a message carries.
 
     Args:
         array: NumPy's, or what `numpy.asarray` makes one of.
-        keep_s: it is there for so long in Redis; default BRIDGE_DATA_KEEP_S. It must outlive the task's wait and run.
+        keep_s: it is there for so long in Redis or Ray; default BRIDGE_DATA_KEEP_S. It must outlive the task's wait
+            and run.
         once: delete it when the first GPU task that takes it as an annotated argument has ended and is not retried;
             also one that was revoked or has expired. What is left to expire: docs/decisions/0029.
+        store: "ray" puts it into Ray's object store, of the cluster that this process has joined (`ray.init`); None
+            puts it where BRIDGE_DATA_URL says.
 
     Raises:
-        ValueError: not an array of numbers.
+        ValueError: not an array of numbers, or another store.
         DataRefused: larger than BRIDGE_DATA_LIMIT_BYTES.
         StoreUnavailable: the store does not answer or has no room.
     """
-    return _stored(_stores(), array, keep_s, once)
+    return _stored(_stores(), array, keep_s, once, store)
 
 
-def put_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -> BlobRef:
+def put_bytes(
+    data: bytes, *, keep_s: float | None = None, once: bool = False, store: Literal["ray"] | None = None
+) -> BlobRef:
     """Write the bytes of a file to the store; arguments and errors as `put`."""
-    return _stores().put_bytes(data, keep_s, once)
+    return _stores().put_bytes(data, keep_s, once, store)
 
 
 def get(ref: Any) -> Any:
     """The array, or the bytes, of a reference, a handle, or their JSON.
 
-    What a handle stands for is fetched by a GPU task, for up to a minute.
+    What a handle stands for is fetched by a GPU task, for up to a minute. An array in Ray's object store is not copied:
+    it is read-only, and stays there as long as somebody has it.
 
     Raises:
         ValueError: no reference.
@@ -95,14 +104,18 @@ def delete(ref: Any) -> None:
         _stores().delete(form)
 
 
-async def aput(array: Any, *, keep_s: float | None = None, once: bool = False) -> ArrayRef:
+async def aput(
+    array: Any, *, keep_s: float | None = None, once: bool = False, store: Literal["ray"] | None = None
+) -> ArrayRef:
     """`put`, while the event loop goes on."""
-    return await asyncio.to_thread(_stored, _stores(), array, keep_s, once)  # in a thread Celery may know no app
+    return await asyncio.to_thread(_stored, _stores(), array, keep_s, once, store)  # a thread may know no app
 
 
-async def aput_bytes(data: bytes, *, keep_s: float | None = None, once: bool = False) -> BlobRef:
+async def aput_bytes(
+    data: bytes, *, keep_s: float | None = None, once: bool = False, store: Literal["ray"] | None = None
+) -> BlobRef:
     """`put_bytes`, while the event loop goes on."""
-    return await asyncio.to_thread(_stores().put_bytes, data, keep_s, once)
+    return await asyncio.to_thread(_stores().put_bytes, data, keep_s, once, store)
 
 
 async def aget(ref: Any) -> Any:
@@ -110,11 +123,11 @@ async def aget(ref: Any) -> Any:
     return await asyncio.to_thread(_opened, _stores(), ref)
 
 
-def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool) -> ArrayRef:
+def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool, store: str | None = None) -> ArrayRef:
     array = numpy.asarray(array)
     if array.dtype.kind not in KINDS:
         raise ValueError(f"only arrays of numbers travel by reference, not of {array.dtype}")
-    return stores.put(array, keep_s, once)
+    return stores.put(array, keep_s, once, store)
 
 
 def _opened(stores: Stores, ref: Any) -> Any:
@@ -204,6 +217,7 @@ for _type in (numpy.ndarray, Inline, ArrayRef, DeviceArray):
 for _form_type in (InlineBytes, BlobRef):
     register_type(_form_type, BLOB_MARKER, _encoded, _decoded)
 unread.adopt(_value_of, lambda: _is_child)
+use_ray()
 arrays.opener = lambda ref, most_bytes=None: _stores().get(ref, most_bytes)
 handles.fetcher = lambda handle: _of_device(_stores(), handle)
 _is_child = False  # of a worker: what it gets is for a body

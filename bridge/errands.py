@@ -48,7 +48,7 @@ class Errands:
         self._under_way: dict[str, _Errand] = {}  # by token
 
     def fetch(self, handles: Iterable[DeviceArray], then: Then) -> None:
-        """Have arrays put into the store, each by the actor that holds it; `then` is called once, later."""
+        """Have arrays put into Ray's object store, each by the actor that holds it; `then` is called once, later."""
         wanted = {handle.id: handle for handle in handles}
         refs: dict[str, ArrayRef] = {}
         failed: list[BridgeError] = []
@@ -63,7 +63,7 @@ class Errands:
 
         for name, handle in wanted.items():
             argument = Unopened(ArraySpec(), handle)
-            self._send(EXPORT, argument, handle, lambda answer, name=name: take(name, answer))  # type: ignore[misc]
+            self._send(EXPORT, (argument, 0, True), handle, lambda answer, name=name: take(name, answer))  # type: ignore[misc]
 
     def delete(self, handles: Iterable[DeviceArray]) -> None:
         """Have arrays forgotten that nobody will ask for."""
@@ -71,7 +71,7 @@ class Errands:
         for handle in handles:
             held.setdefault((handle.actor, handle.executor), []).append(handle)
         for mine in held.values():
-            self._send(DELETE, [each.model_dump(mode="json") for each in mine], mine[0], lambda _: None)
+            self._send(DELETE, ([each.model_dump(mode="json") for each in mine],), mine[0], lambda _: None)
 
     def __contains__(self, token: str) -> bool:
         return token in self._under_way
@@ -108,10 +108,12 @@ class Errands:
         """Its actor is not there any more, or not for now."""
         self._under_way.pop(token).then(lost(why))
 
-    def _send(self, name: str, argument: Any, of: DeviceArray, then: Callable[[ArrayRef | BridgeError], None]) -> None:
+    def _send(
+        self, name: str, args: tuple[Any, ...], of: DeviceArray, then: Callable[[ArrayRef | BridgeError], None]
+    ) -> None:
         token = f"errand-{uuid.uuid4().hex}"
         context = {"id": token, "task": name, "args": [], "delivery_info": {}}
-        payload = pickle.dumps(((argument,), {}, context), 5)
+        payload = pickle.dumps((args, {}, context), 5)
         self._under_way[token] = _Errand(TaskCall(token, name, payload, None, None), of.actor, of.executor, then)
         self.wait(token)
 

@@ -21,6 +21,7 @@ from actors.stores import Ref, Stores
 from bridge.dead_letters import Bounds, Crash, DeadLetters, Letter
 from bridge.discards import Discards
 from bridge.errors import as_text
+from bridge.object_store import use_ray
 from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Ledger:
         self._app, self._namespace, self._notify = app, namespace, notify
         self._bounds = bounds_of(settings)
         self._store: DeadLetters | None = None
+        use_ray()
         self._discards = Discards(Stores(app, settings.stores).delete)
         self._away_until = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

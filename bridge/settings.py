@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from actors.contract import StoreConfig
-from actors.roots import is_redis
+from actors.roots import RAY, is_redis
 from bridge.errors import ConfigurationInvalid
 
 
@@ -134,20 +134,24 @@ class Settings(BaseSettings):
     data_url: str | None = Field(
         None,
         description="where arrays and files by reference are put: redis://..., or a root that fsspec opens, such as "
-        "s3://bucket/prefix or file:///mnt/shared; default: the Redis of the result backend, else of the broker",
+        "s3://bucket/prefix or file:///mnt/shared, or `ray`, the object store of the cluster, which producers join; "
+        "default: the Redis of the result backend, else of the broker",
     )
     data_roots: list[str] = Field(
         [],
         description="JSON list of roots below which references to files and URLs are read, such as "
         "https://images.example.com/public/; all others are refused, nothing below them is written or deleted",
     )
-    data_keep_s: float = Field(3600.0, gt=0, description="data in Redis expire after this")
+    data_keep_s: float = Field(3600.0, gt=0, description="data in Redis and in Ray's object store expire after this")
     data_inline_bytes: int = Field(
         65_536, ge=0, description="arrays given to delay() travel in the message up to this size, by reference above"
     )
     data_limit_bytes: int = Field(1 << 34, ge=1, description="one array or file by reference, at most")
     data_timeout_s: float = Field(
-        10.0, gt=0, description="Redis or a web server has this long for one answer with large data"
+        10.0, gt=0, description="Redis, Ray or a web server has this long for one answer with large data"
+    )
+    data_ray_bytes: int = Field(
+        1 << 33, ge=0, description="data of a namespace in Ray's object store, together, at most; more is refused"
     )
 
     # how calls are shared between tasks (bridge/scheduler.py)
@@ -188,10 +192,12 @@ class Settings(BaseSettings):
     @field_validator("data_url")
     @classmethod
     def _is_a_store(cls, url: str | None) -> str | None:
-        if url is None or is_redis(url):
+        if url in (None, RAY) or is_redis(url):
             return url
         if url.startswith(("http://", "https://")):
-            raise ValueError("web servers are only read from; write redis://... or a root such as s3://bucket/prefix")
+            raise ValueError(
+                "web servers are only read from; write redis://..., ray, or a root such as s3://bucket/prefix"
+            )
         return _root(url)
 
     @field_validator("data_roots")
@@ -210,6 +216,7 @@ class Settings(BaseSettings):
         return StoreConfig(
             self.data_url, tuple(self.data_roots), self.data_keep_s, self.data_timeout_s, self.data_limit_bytes,
             self.data_inline_bytes,
+            self.data_ray_bytes,
         )  # fmt: skip
 
     def namespace_of(self, app: Any) -> str:
