@@ -10,6 +10,7 @@ from typing import Any
 from actors import stores
 from actors.contract import StoreConfig
 from actors.roots import RAY
+from bridge.auth import use_token
 from bridge.errors import StartupError, StoreUnavailable
 from bridge.settings import settings
 
@@ -49,7 +50,8 @@ def _join(app: Any, config: StoreConfig) -> None:
             "data in Ray's object store are for processes that have joined its cluster: call ray.init(address) first, "
             "or set BRIDGE_DATA_URL=ray"
         )
-    from bridge.cluster import connect, find_cluster  # loads Ray
+    use_token()
+    from bridge.cluster import connect, find_cluster  # loads Ray, which reads once whether it shows a token
 
     try:
         connect(find_cluster(settings().ray_address), settings().namespace_of(app), settings().connect_wait_s)

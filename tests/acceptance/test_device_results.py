@@ -17,6 +17,7 @@ from bridge import data, errors
 from bridge.data import DeviceArray
 from tests.apps.resident import QUEUE
 from tests.apps.resident import app as resident_app
+from tests.support.joined import Joined
 from tests.support.services import ROOT, RayCluster, Worker, inspected, wait_for
 
 GET = {"timeout": 60}
@@ -55,6 +56,19 @@ def app(redis_server, worker):
     resident_app.close()
     for key in keys(redis_server):  # what CPU tasks have got by reference; it would expire
         redis_server.client.delete(key)
+
+
+@pytest.fixture(scope="module")
+def joined(ray_of_three, environment):
+    process = Joined(ray_of_three.address, "resident", "tests.apps.resident:app", environment)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def fetched(joined):
+    """What is in Ray's object store for tasks on other actors: how many, and their bytes."""
+    return lambda: joined("answer = store.holdings()")
 
 
 @pytest.fixture
@@ -172,23 +186,37 @@ def test_a_task_without_an_annotation_gets_what_is_good_for_the_value(s):
     assert s.unannotated(handle).delay().get(**GET) == ["DeviceArray", 50]
 
 
-def test_a_chord_of_arrays_on_two_actors_runs_where_most_bytes_are(s, two, actors, redis_server, tmp_path):
-    before = keys(redis_server)
-    small, large = two(1000, COUNT)
+def moved(redis_server):
+    """Bytes that Redis has taken and given."""
+    stats = redis_server.client.info("stats")
+    return stats["total_net_input_bytes"] + stats["total_net_output_bytes"]
+
+
+def test_a_chord_of_arrays_on_two_actors_runs_where_most_bytes_are(s, two, actors, fetched, redis_server, tmp_path):
+    small, large = two(COUNT // 2, COUNT)
+    before = moved(redis_server)
     pid, sums = s.joined([small, large]).delay().get(**GET)
-    assert pid == pid_of(actors, large) and sums == [1000.0**2, float(COUNT) ** 2]
-    wait_for(lambda: keys(redis_server) <= before, "what was fetched for it to be deleted")
+    assert moved(redis_server) - before < 200_000, "4 MB have gone from one actor to the other, not through Redis"
+    assert pid == pid_of(actors, large) and sums == [(COUNT / 2) ** 2, float(COUNT) ** 2]
+    wait_for(lambda: fetched() == [0, 0], "what was fetched for it to be deleted")
     folder = tmp_path / "chord"
     folder.mkdir()
     header = [s.made_together(str(folder), str(n), 2, count) for n, count in enumerate((2000, 30))]
     assert chord(header)(s.joined()).get(**GET)[1] == [900.0, 2000.0**2]
-    wait_for(lambda: keys(redis_server) <= before, "what was fetched for it to be deleted")
+    wait_for(lambda: fetched() == [0, 0], "what was fetched for it to be deleted")
 
 
-def test_an_empty_array_of_another_actor_comes_too(s, two, redis_server):
+def test_an_empty_array_of_another_actor_comes_too(s, two, fetched, redis_server):
     before = keys(redis_server)
     assert s.joined(two(0, 7)).delay().get(**GET)[1] == [0.0, 49.0]
-    wait_for(lambda: keys(redis_server) <= before, "what was fetched for it to be deleted")
+    wait_for(lambda: fetched() == [0, 0], "what was fetched for it to be deleted")
+    assert keys(redis_server) <= before
+
+
+def test_without_a_keeper_another_one_begins(s, two, joined):
+    for _ in range(2):
+        assert s.joined(two(3, 4)).delay().get(**GET)[1] == [9.0, 16.0]
+        joined("ray.kill(store._found())")
 
 
 def test_batched_tasks_take_and_give_handles(s, two, redis_server):
@@ -286,19 +314,19 @@ def test_a_handle_that_is_not_good_fails_its_task_alone(s, fields, error, text):
     assert s.place(handle).delay().get(**GET)[2] == 50
 
 
-def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path, app):
+def test_a_revoked_task_leaves_nothing(s, two, redis_server, fetched, tmp_path, app):
     """Neither one that runs, nor one that waits with what was fetched for it or until it is."""
     small, large = two(10, 20)
     more = [s.doubled(small).delay().get(**GET) for _ in range(2)]
 
     def counts():
-        return [s.tells(handle).delay().get(**GET)["arrays"] for handle in (small, large)], keys(redis_server)
+        return [s.tells(handle).delay().get(**GET)["arrays"] for handle in (small, large)], fetched()[0]
 
-    before = counts()
+    before, in_redis = counts(), keys(redis_server)
     running = s.held_up(large, str(tmp_path)).delay()
     wait_for((tmp_path / "started").exists, "its start")
     waiting = s.joined([small, large]).delay()
-    wait_for(lambda: not keys(redis_server) <= before[1], "the small one to be fetched")
+    wait_for(lambda: fetched()[0] == 1, "the small one to be fetched")
     fetching = s.joined([large, small, *more]).delay()  # runs where the small ones are
     wait_for(lambda: fetching.id in {each["id"] for each in inspected(app, NAME, "reserved")}, "it to be taken")
     fetching.revoke()
@@ -310,7 +338,8 @@ def test_a_revoked_task_leaves_nothing(s, two, redis_server, tmp_path, app):
     for result in (waiting, running):
         with pytest.raises(TaskRevokedError):
             result.get(**GET)
-    wait_for(lambda: (now := counts())[0] == before[0] and now[1] <= before[1], "nothing more to be held than before")
+    wait_for(lambda: counts() == before, "nothing more to be held than before")
+    assert before[1] == 0 and keys(redis_server) <= in_redis
 
 
 def test_the_example_compares_both_ways(environment, ray_of_three, worker, tmp_path):
