@@ -146,7 +146,8 @@ class ActorStore:
     def write(self, data: memoryview, keep_s: float, is_brief: bool = False) -> str:
         """As `RayStore.write`; `is_brief` data end with the actor."""
         with self._asked(_Write(data.nbytes, keep_s, is_brief), data.nbytes) as line:
-            line.sendall(data)
+            if data.nbytes:  # of nothing the actor may have answered and hung up already
+                line.sendall(data)
             url: str = _receive(line)
         return url
 

@@ -66,7 +66,7 @@ def main(address, namespace, app_path):
             code, values = json.loads(line)
             answer, error = None, ""
             try:
-                exec(code, scope | values, local := {})  # noqa: S102
+                exec(code, scope | values, local := {})
                 answer = local.get("answer")
                 scope |= {name: value for name, value in local.items() if name != "answer"}
             except Exception as raised:
