@@ -5,6 +5,7 @@ Ray is loaded at the first use, by those alone who have chosen this store.
 
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 from actors import stores
@@ -54,6 +55,10 @@ def _join(app: Any, config: StoreConfig) -> None:
     from bridge.cluster import connect, find_cluster  # loads Ray, which reads once whether it shows a token
 
     try:
-        connect(find_cluster(settings().ray_address), settings().namespace_of(app), settings().connect_wait_s)
+        with (
+            redirect_stdout(sys.__stdout__),
+            redirect_stderr(sys.__stderr__),
+        ):  # Ray needs real ones
+            connect(find_cluster(settings().ray_address), settings().namespace_of(app), settings().connect_wait_s)
     except StartupError as error:
         raise StoreUnavailable(f"Ray's object store: {error}") from error

@@ -66,9 +66,9 @@ def main(address, namespace, app_path):
             code, values = json.loads(line)
             answer, error = None, ""
             try:
-                exec(code, scope | values, local := {})
-                answer = local.get("answer")
-                scope |= {name: value for name, value in local.items() if name != "answer"}
+                scope |= values
+                exec(code, scope)  # in one scope, or comprehensions would not see names
+                answer = scope.pop("answer", None)
             except Exception as raised:
                 error = f"{type(raised).__name__}: {raised}"
             answers.write(json.dumps([answer, error]) + "\n")
