@@ -112,7 +112,17 @@ def main(mib: int = 16, rounds: int = 9) -> None:
         cluster = stack.enter_context(ray_cluster(folder, 2 * len(STORES)))
         common = {**cluster.env, "CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url}
         common |= {"BRIDGE_RAY_ADDRESS": cluster.address, "BRIDGE_MIN_ACTORS": "2", "BRIDGE_MAX_ACTORS": "2"}
-        command = [sys.executable, "-m", "bridge.worker", "-A", "benchmarks.apps.ray_store:app", "-c", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "bridge.worker",
+            "-A",
+            "benchmarks.apps.ray_store:app",
+            "-c",
+            "1",
+            "-l",
+            "INFO",
+        ]
         for store, env in STORES.items():
             words = [*command, "-n", f"{store}@%h", "-Q", store]
             env = {**common, **env, "BRIDGE_NAMESPACE": f"ray-store-{store}"}

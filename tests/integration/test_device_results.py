@@ -161,6 +161,12 @@ def test_a_named_tuple_of_arrays_arrives_as_one(driver):
     assert value(driver.outcomes(task("values_of", sent))[0]) == ("EighResult", 4.0)
 
 
+def test_without_ray_an_array_for_another_actor_goes_to_the_store(start, tmp_path):
+    driver = start(stores=StoreConfig(url=f"file://{tmp_path}"))
+    found = driver.value(EXPORT, driver.made(1)[0], 0, True)
+    assert found["url"].startswith(f"file://{tmp_path}")
+
+
 def test_without_a_taker_for_handles_arrays_go_to_the_store(driver):
     """There is none here, which says that they went there."""
     (outcome,) = driver.outcomes(task("made", 8, stays=False))
