@@ -81,8 +81,8 @@ def test_other_code_has_another_name(project, file):
 @pytest.mark.parametrize(
     "setting",
     [{"device": "cpu"}, {"gpu_memory_limit": "1GiB"}, {"resident_limit": "1GiB"}, {"left_limit": "1%"},
-     {"data_url": "redis://elsewhere"}, {"data_timeout_s": 1}, {"device_results_limit": "1GiB"},
-     {"host_results_limit": "1GiB"}, {"device_result_s": 1}],
+     {"data_url": "redis://elsewhere"}, {"data_url": "ray"}, {"data_ray_bytes": 1}, {"data_timeout_s": 1},
+     {"device_results_limit": "1GiB"}, {"host_results_limit": "1GiB"}, {"device_result_s": 1}],
     ids=lambda setting: next(iter(setting)),
 )  # fmt: skip
 def test_what_an_executor_has_for_life_is_of_its_release(project, setting):
