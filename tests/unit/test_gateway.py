@@ -125,8 +125,10 @@ def test_without_its_actor_an_executor_is_told(gateway, store):
 
 
 def test_the_gateway_ends_with_its_executor():
+    before = set(threading.enumerate())
     gateway = Gateway(Shelf())
-    threads = threading.active_count()
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.is_alive()
     gateway.theirs.close()  # and nobody else has it
-    wait_for(lambda: threading.active_count() == threads - 1, "its thread to end")
+    wait_for(lambda: not thread.is_alive(), "its thread to end")
     gateway.close()
