@@ -141,7 +141,9 @@ class ActorStore:
         self._control = socket.socket(fileno=control_fd) if control_fd is not None else None
         self._timeout_s = timeout_s
         if self._control is not None:
-            os.register_at_fork(after_in_child=self._control.close)  # what a body forks is not the executor
+            self._control.settimeout(timeout_s + PATIENCE_S)  # an actor that stands still takes no more one day
+            self._control.set_inheritable(False)  # what a body starts is not the executor
+            os.register_at_fork(after_in_child=self._control.close)  # nor is what it forks
 
     def write(self, data: memoryview, keep_s: float, is_brief: bool = False) -> str:
         """As `RayStore.write`; `is_brief` data end with the actor."""

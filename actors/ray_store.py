@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy
@@ -34,6 +34,10 @@ KEEP_IDLE_S = 60.0
 MOST_OBJECTS = 100_000
 #: A keeper that ends or begins is asked again so many times, after a pause in seconds.
 ATTEMPTS, PAUSE_S = 4, 0.2
+#: A keeper copies so many objects at once; finding and forgetting has threads of its own, and never waits for a copy.
+COPIES = 4
+#: A keeper that has told Ray to end it is gone within this many seconds.
+GONE_S = 10.0
 
 
 class _Kept(NamedTuple):
@@ -42,7 +46,11 @@ class _Kept(NamedTuple):
     expires_at: float  # as `time.monotonic`
 
 
-@ray.remote
+class _NoKeeper(Exception):
+    """There is none in the namespace, or none that answers, and what was asked needs no new one."""
+
+
+@ray.remote(concurrency_groups={"copies": COPIES})
 class Keeper:
     """Keeps references to objects by id."""
 
@@ -53,6 +61,7 @@ class Keeper:
         self._lock = threading.Lock()
         threading.Thread(target=self._tend, name="keeper", daemon=True).start()
 
+    @ray.method(concurrency_group="copies")
     def keep(self, name: str, box: list[Any], size_bytes: int, keep_s: float, limit_bytes: int, is_brief: bool) -> str:
         """Keep the reference in `box` for so long, or a copy of its object; "", or why not.
 
@@ -104,10 +113,12 @@ class Keeper:
             now = time.monotonic()
             with self._lock:
                 over = [name for name, kept in self._kept.items() if kept.expires_at <= now]
-                is_idle = not self._size_bytes and now - self._asked_at > KEEP_IDLE_S
             self.forget(over)
-            if is_idle:  # the next who puts something makes another one
-                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+            with self._lock:
+                is_empty = not self._kept and not self._size_bytes
+                if is_empty and now - self._asked_at > KEEP_IDLE_S:  # the next who puts something makes another one
+                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                    time.sleep(GONE_S)  # with the lock: who puts now is to be told, and not to lose what it put
 
 
 class RayStore:
@@ -121,7 +132,7 @@ class RayStore:
         """As `Store.write`; `is_brief` data end with this process."""
         name = uuid.uuid4().hex
         size_bytes = memoryview(data).nbytes
-        with _answers(f"{readable(size_bytes)} for Ray's object store", StoreUnavailable):
+        with _answers(f"{readable(size_bytes)} for Ray's object store"):
             box = [ray.put(numpy.frombuffer(data, numpy.uint8) if size_bytes else numpy.empty(0, numpy.uint8))]
             args = name, box, size_bytes, keep_s, self._config.ray_bytes, is_brief
             refusal = self._ask("keep", *args, patience_s=patience_s(self._config.timeout_s, size_bytes))
@@ -140,7 +151,7 @@ class RayStore:
             DataLost, DataCorrupt, DataRefused, StoreUnavailable: as their docstrings say.
         """
         name, size_bytes = name_in(url), known_size(url, size_bytes)
-        with _answers(url, DataLost):
+        with _answers(url):
             box = self._ask("find", name, creates=False)
             if not box:
                 raise _lost(url)
@@ -152,33 +163,29 @@ class RayStore:
     def delete(self, url: str, size_bytes: int | None) -> None:
         """As `Store.delete`."""
         name = name_in(url)
-        try:
-            with _answers(url, DataLost):
-                self._ask("forget", [name], creates=False)
-        except DataLost:  # and its keeper, too
-            pass
+        with _answers(url), suppress(_NoKeeper):
+            self._ask("forget", [name], creates=False)
 
     def holdings(self) -> tuple[int, int]:
         """How many are kept in the namespace, and their bytes."""
-        try:
-            with _answers("what is kept", DataLost):
-                found: tuple[int, int] = self._ask("holdings", creates=False)
-        except DataLost:
-            return 0, 0
-        return found
+        with _answers("what is kept"), suppress(_NoKeeper):
+            found: tuple[int, int] = self._ask("holdings", creates=False)
+            return found
+        return 0, 0
 
     def _ask(self, method: str, *args: Any, creates: bool = True, patience_s: float | None = None) -> Any:
-        """What the keeper answers; it is created where there is none, or that is DataLost."""
+        """What the keeper answers; where there is none it is created, or that is _NoKeeper."""
         for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE_S)
             try:
                 keeper = self._keeper(creates)
                 return ray.get(getattr(keeper, method).remote(*args), timeout=patience_s or self._config.timeout_s)
             except ray.exceptions.RayActorError:
                 self._known = (None, None)
-                if attempt + 1 == ATTEMPTS:
-                    raise
-                time.sleep(PAUSE_S)
-        raise AssertionError  # not reached
+        if not creates:
+            raise _NoKeeper
+        raise StoreUnavailable(f"Ray's object store: the actor {KEEPER} ends again and again")
 
     def _keeper(self, creates: bool) -> Any:
         context = ray.get_runtime_context()
@@ -191,7 +198,7 @@ class RayStore:
         try:
             return ray.get_actor(KEEPER, self._namespace)
         except ValueError:
-            raise _lost("it") from None
+            raise _NoKeeper from None
 
     def _created(self, node: str) -> Any:
         """On the node of who needs it first: the bridge is installed there, as it need not be on Ray's head."""
@@ -211,19 +218,15 @@ def _lost(url: str) -> DataLost:
 
 
 @contextmanager
-def _answers(what: str, without_keeper: type[DataError]) -> Iterator[None]:
+def _answers(what: str) -> Iterator[None]:
     """Ray's errors as ours."""
     try:
         yield
     except (DataError, SoftTimeLimitExceeded):
         raise
-    except ray.exceptions.RayActorError as error:
-        if without_keeper is DataLost:
-            raise _lost(what) from error
-        raise StoreUnavailable(f"{what}: the actor {KEEPER} ends again and again") from error
     except ray.exceptions.GetTimeoutError as error:
         raise StoreUnavailable(f"{what}: Ray has not answered in time") from error
-    except ray.exceptions.ObjectLostError as error:
+    except (_NoKeeper, ray.exceptions.ObjectLostError) as error:
         raise _lost(what) from error
     except Exception as error:
         cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error

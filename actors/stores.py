@@ -5,30 +5,26 @@ never by the worker or the driver. A reference names a place, never an address o
 its own configuration. What is written in Redis expires; so does nothing in a file store, whose owner sets a life cycle.
 """
 
-import importlib
-import posixpath
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy
 import redis
 import xxhash
-from celery.exceptions import SoftTimeLimitExceeded
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from actors.arrays import ArrayRef, assembled
 from actors.blobs import BlobRef
 from actors.contract import StoreConfig
-from actors.errors import DataCorrupt, DataError, DataLost, DataRefused, StoreUnavailable
-from actors.roots import RAY, allowed_place, is_redis, known_size, name_in
+from actors.errors import DataCorrupt, DataLost, DataRefused, StoreUnavailable
+from actors.rooted_store import RootedStore, reason_of
+from actors.roots import RAY, is_redis, known_size, name_in
 from actors.shared_redis import shared_redis
 from actors.sizes import readable
-from actors.web import fetch
 
 #: One value in Redis; a larger array is kept in several, for Redis serves nobody else while it sends one. redis-py's
 #: parser copies each four times in buffers of this size: with 4 MiB, or several values at once, reading costs twice.
@@ -104,7 +100,7 @@ class RedisStore:
         except redis.RedisError as error:
             if isinstance(error, redis.ResponseError):  # it answers: what it has taken goes at once
                 self._forget(name, data.nbytes)
-            raise StoreUnavailable(f"Redis did not take {readable(data.nbytes)}: {_text(error)}") from error
+            raise StoreUnavailable(f"Redis did not take {readable(data.nbytes)}: {reason_of(error)}") from error
         return f"redis:{name}"
 
     def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
@@ -113,7 +109,7 @@ class RedisStore:
             try:
                 piece = self._ask(self._client.get, key)
             except redis.RedisError as error:
-                raise StoreUnavailable(f"Redis did not answer: {_text(error)}") from error
+                raise StoreUnavailable(f"Redis did not answer: {reason_of(error)}") from error
             if piece is None:
                 raise DataLost(f"{url} is not in Redis: it has expired, was deleted, or is in another Redis")
             yield piece
@@ -123,7 +119,7 @@ class RedisStore:
         try:
             self._client.unlink(*self._keys(name_in(url), known_size(url, size_bytes)))
         except redis.RedisError as error:
-            raise StoreUnavailable(f"Redis did not answer: {_text(error)}") from error
+            raise StoreUnavailable(f"Redis did not answer: {reason_of(error)}") from error
 
     def _ask(self, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What Redis answers.
@@ -147,85 +143,6 @@ class RedisStore:
     def _keys(self, name: str, size_bytes: int) -> list[str]:
         count = max(1, -(-size_bytes // CHUNK_BYTES))
         return [f"{self._prefix}{KEY}{name}-{number}" for number in range(count)]
-
-
-#: The name of what `RootedStore.write` makes.
-_IS_OURS = re.compile(r"[0-9a-f]{32}")
-
-
-class RootedStore:
-    """Data below allowed roots: on web servers, and in whatever fsspec opens: files, S3 and others.
-
-    Nothing but what `write` has made, below BRIDGE_DATA_URL, is ever deleted.
-    """
-
-    def __init__(self, config: StoreConfig) -> None:
-        self._timeout_s = config.timeout_s
-        self.home = (
-            config.url.rstrip("/") + "/" if config.url and config.url != RAY and not is_redis(config.url) else ""
-        )
-        self._roots = [root.rstrip("/") + "/" for root in config.roots] + ([self.home] if self.home else [])
-
-    def write(self, data: memoryview, keep_s: float) -> str:
-        """As `Store.write`; who owns the place says how long it is kept."""
-        url = f"{self.home}{uuid.uuid4().hex}"
-        system, path = self._opened(url, [self.home])
-        try:
-            with _answers(url):
-                if url.startswith("file:"):  # elsewhere this would make a bucket, by whoever mistypes its name
-                    system.makedirs(posixpath.dirname(path), exist_ok=True)
-                system.pipe_file(path, bytes(data))
-        except BaseException as error:  # a full disk, an interrupt of the body
-            with suppress(Exception):
-                system.rm_file(path)
-            if isinstance(error, DataLost):
-                raise StoreUnavailable(f"{url} cannot be written: there is no such folder or bucket") from error
-            raise
-        return url
-
-    def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
-        """As `Store.read`."""
-        place = allowed_place(url, self._roots)
-        if place.startswith(("http://", "https://")):  # never through fsspec, which follows redirects anywhere
-            yield from fetch(place, most_bytes if size_bytes is None else size_bytes, self._timeout_s)
-            return
-        system, path = self._opened(url, self._roots)
-        with _answers(url):
-            info = system.info(path)
-            if info["type"] != "file":  # a folder, a pipe, a device
-                raise FileNotFoundError(url)
-            if size_bytes is not None and info["size"] not in (size_bytes, None):
-                raise DataCorrupt(f"{url} has {info['size']} bytes, and the reference says {size_bytes}")
-            with system.open(path, "rb") as file:
-                while piece := file.read(CHUNK_BYTES):
-                    yield piece
-
-    def delete(self, url: str, size_bytes: int | None) -> None:
-        """As `Store.delete`."""
-        system, path = self._opened(url, [self.home] if self.home else [])
-        if not _IS_OURS.fullmatch(url.removeprefix(self.home)):
-            raise DataRefused("only what `put` has made is deleted")
-        with _answers(url):
-            if system.exists(path):
-                system.rm_file(path)
-
-    def _opened(self, url: str, roots: list[str]) -> tuple[Any, str]:
-        """fsspec's file system and its path of a URL below an allowed root.
-
-        Raises:
-            DataRefused: any other.
-            StoreUnavailable: a package is not installed here, or the file system cannot be had.
-        """
-        place = allowed_place(url, roots)
-        try:
-            fsspec = importlib.import_module("fsspec")
-            return fsspec.core.url_to_fs(place)  # type: ignore[no-any-return]
-        except ImportError as error:
-            raise StoreUnavailable(f"{url} needs a package that is not installed here: {_text(error)}") from error
-        except SoftTimeLimitExceeded:
-            raise
-        except Exception as error:
-            raise StoreUnavailable(f"{url} cannot be opened: {_text(error)}") from error
 
 
 class Stores:
@@ -327,6 +244,11 @@ class Stores:
         self._check_size(data.nbytes)
         wanted_s = self._config.keep_s if keep_s is None else keep_s
         if (store or self._config.url) == RAY:  # without a checksum: no object of Ray's ever changes
+            if data.nbytes > self._config.ray_bytes:  # before it is copied anywhere
+                allowed = readable(self._config.ray_bytes)
+                raise StoreUnavailable(
+                    f"Ray's object store takes no {readable(data.nbytes)}: BRIDGE_DATA_RAY_BYTES allows {allowed}"
+                )
             url, checksum = self._in_ray().write(data, wanted_s, is_brief), ""
         else:
             home: Store = self._rooted if self._rooted.home else self._in_redis()
@@ -384,7 +306,7 @@ class Stores:
             try:
                 shared = shared_redis(self.app, config.timeout_s, READ_BYTES)
             except Exception as error:
-                raise StoreUnavailable(f"the app's Redis does not answer: {_text(error)}") from error
+                raise StoreUnavailable(f"the app's Redis does not answer: {reason_of(error)}") from error
             if shared is None:
                 raise StoreUnavailable(
                     "the app has no Redis for large data: set BRIDGE_DATA_URL, to redis://... or a root"
@@ -393,24 +315,3 @@ class Stores:
         # A connection that went stale is made anew; one that hangs is not waited for twice.
         client.set_retry(Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)))
         return client, prefix
-
-
-@contextmanager
-def _answers(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, SoftTimeLimitExceeded):
-        raise
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise DataLost(f"{url} is not there") from error
-    except PermissionError as error:
-        raise DataRefused(f"{url} may not be read or written by this process") from error
-    except Exception as error:
-        raise StoreUnavailable(f"{url} cannot be read or written: {_text(error)}") from error
-
-
-def _text(error: BaseException) -> str:
-    """A foreign error's text, bounded: Redis' own hold no password, and of the system's goes the reason alone."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {error}"[:200]
