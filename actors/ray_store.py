@@ -228,6 +228,9 @@ def _answers(what: str) -> Iterator[None]:
         raise StoreUnavailable(f"{what}: Ray has not answered in time") from error
     except (_NoKeeper, ray.exceptions.ObjectLostError) as error:
         raise _lost(what) from error
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        raise StoreUnavailable(f"{what}: Ray's memory is full, and its disk") from error
     except Exception as error:
-        cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
-        raise StoreUnavailable(f"{what}: {type(cause).__name__}: {cause}"[:300]) from error
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error  # its own text is a traceback
+        text = " ".join(str(cause).split())
+        raise StoreUnavailable(f"{what}: {type(cause).__name__}: {text}"[:300]) from error

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from tests.support.heads import kill_all_of
+from tests.support.joined import Joined
 from tests.support.services import RayCluster, RayNode, Worker, inspected, wait_for
 
 GET = {"timeout": 120}
@@ -26,7 +27,7 @@ def site(environment, tmp_path_factory):
     ]  # fmt: skip
     for each in workers:
         each.says(" ready.")
-    yield node, [f"{name}@{socket.gethostname()}" for name in ("left", "right")]
+    yield node, [f"{name}@{socket.gethostname()}" for name in ("left", "right")], cluster.address
     for each in workers:
         assert each.popen.poll() is None, each.output[-3000:]
         each.kill_group()
@@ -34,6 +35,28 @@ def site(environment, tmp_path_factory):
         node.stop()
     cluster.stop()
     shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def inside(environment, site):
+    """A producer in the cluster: on the head, with actors here and on the node that use Ray's object store."""
+    process = Joined(site[2], "tests", "tests.apps.data:app", environment)
+    process("""
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+@ray.remote(num_cpus=0)
+class User:
+    def put(self, is_brief):
+        return RayStore('tests', StoreConfig()).write(bytes(1_000_000), 3600.0, is_brief)
+    def size(self, url):
+        return RayStore('tests', StoreConfig()).lend(url, 1_000_000).nbytes
+def user(node):
+    return User.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+near = ray.get_runtime_context().get_node_id()
+far = next(node['NodeID'] for node in ray.nodes() if node['Alive'] and node['NodeID'] != near)
+here, there = user(near), user(far)
+""")
+    yield process
+    process.end()
 
 
 @pytest.fixture
@@ -66,6 +89,18 @@ def test_a_task_takes_the_idle_gpu_and_not_the_one_behind_another_workers_long_b
     assert held.get(**GET) == "done"
 
 
+def test_data_in_rays_object_store_are_read_on_other_nodes(inside):
+    """The keeper is on the node of whoever put first, which the next test takes away."""
+    assert (
+        inside("""
+urls = [ray.get(there.put.remote(is_brief)) for is_brief in (False, True)]
+answer = ray.get([who.size.remote(url) for who in (here, there) for url in urls])
+mine = data.put(numpy.ones(100), store='ray')
+""")
+        == [1_000_000] * 4
+    )
+
+
 def test_the_tasks_of_a_lost_node_run_again_on_the_gpus_that_are_left(site, gpus, producer, tmp_path):
     node = site[0]
     wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
@@ -91,3 +126,18 @@ def test_the_tasks_of_a_lost_node_run_again_on_the_gpus_that_are_left(site, gpus
         return all(info["gpus"] == 1 and list(executors(info).values()) == [ran[kept]] for info in gpus())
 
     wait_for(true, f"the capacity that is left to be shown: {gpus()}")
+
+
+def test_data_whose_keeper_went_with_its_node_are_lost_and_the_next_are_kept(inside):
+    """Also those that were put, and lie, on a node that is well."""
+    for what in ("data.get(mine)", "store.lend(urls[1], 1_000_000)"):
+        with pytest.raises(RuntimeError, match=r"^DataLost: ray:.* went with its node"):
+            inside(what)
+    assert (
+        inside("""
+again = data.put(numpy.ones(100), store='ray')
+answer = float(data.get(again).sum())
+data.delete(again)
+""")
+        == 100
+    )

@@ -1,5 +1,6 @@
 """Data in Ray's object store: for producers inside the cluster, for results, and what others are told."""
 
+import json
 import os
 import socket
 import subprocess
@@ -27,7 +28,8 @@ def env(environment):
 @pytest.fixture(scope="module")
 def worker(env, tmp_path_factory):
     options = ("-c", "1", "-n", f"ray-store@{socket.gethostname()}", "-Q", QUEUE)
-    process = Worker(tmp_path_factory.mktemp("ray-store"), *options, app="tests.apps.data:app", env=env)
+    folder = tmp_path_factory.mktemp("ray-store")
+    process = Worker(folder, *options, app="tests.apps.data:app", env=env, ready=False)  # while the producer joins
     yield process
     assert process.stop() == 0, process.output[-5000:]
 
@@ -39,6 +41,7 @@ def inside(env, worker, ray_cluster):
 def send(name, *args):
     return app.tasks['tests.apps.data.' + name].apply_async(args)
 """)
+    worker.says(" ready.")
     yield process
     process.end()
 
@@ -91,16 +94,6 @@ answer = [type(one).__name__, one.dtype.str, one.flags.writeable, one_at == two_
 """) == ["ndarray", "<f8", False, True, 2.0 * COUNT]
 
 
-def test_what_is_put_outlives_its_producer(inside, env, ray_cluster, send):
-    other = Joined(ray_cluster.address, NAMESPACE, "tests.apps.data:app", env)
-    ref = other("answer = data.put(numpy.ones(1000)).model_dump(mode='json')")
-    once = other("answer = data.put(numpy.ones(2000), once=True).model_dump(mode='json')")
-    other.end()
-    assert send("total", ref).get(**GET) == 1000
-    assert send("total", once).get(**GET) == 2000
-    inside("data.delete(ref)", ref=ref)
-
-
 def test_a_process_outside_is_told(send, inside):
     ref = inside("answer = data.put(numpy.ones(10)).model_dump(mode='json')")
     for do in (lambda: data.get(ref), lambda: data.put(numpy.ones(3), store="ray")):
@@ -111,15 +104,20 @@ def test_a_process_outside_is_told(send, inside):
     inside("data.delete(ref)", ref=ref)
 
 
-def test_a_producer_that_chose_this_store_joins_by_itself(inside, env):
+def test_a_producer_that_chose_this_store_joins_by_itself_and_what_it_puts_outlives_it(inside, env, send):
     code = (
         "import sys\nfrom tests.apps.data import app\nfrom bridge import data\nimport numpy\n"
         "app.set_current()\nassert 'ray' not in sys.modules\n"
-        "ref = data.put(numpy.arange(5.0))\nprint(data.get(ref).sum(), ref.url[:4])\ndata.delete(ref)\n"
+        "ref, once = data.put(numpy.arange(5.0)), data.put(numpy.ones(2000), once=True)\n"
+        "assert data.get(ref).sum() == 10\nprint(f'[{ref.model_dump_json()}, {once.model_dump_json()}]')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, cwd=ROOT,
                           capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert done.stdout == "10.0 ray:\n", done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    ref, once = json.loads(done.stdout)
+    assert ref["url"].startswith("ray:") and send("total", ref).get(**GET) == 10
+    assert send("total", once).get(**GET) == 2000
+    inside("data.delete(ref)", ref=ref)
 
 
 def changed(ref, **fields):
@@ -149,6 +147,7 @@ def test_a_reference_that_is_not_good_fails_its_task_alone(inside, send, do, fie
 
 def test_what_is_put_expires_and_there_is_only_so_much_room(inside):
     assert inside("""
+from actors.stores import Stores
 small = RayStore('tests', StoreConfig(ray_bytes=100))
 kept = small.write(bytes(80), 3600.0)
 try:
@@ -156,15 +155,37 @@ try:
 except Exception as error:
     answer = [type(error).__name__, str(error)]
 small.delete(kept, 80)
+try:
+    Stores(app, StoreConfig(ray_bytes=100)).put(numpy.ones(13), store='ray')
+except Exception as error:
+    answer.append(str(error))
 small.delete(small.write(bytes(21), 3600.0), 21)
 """) == [
         "StoreUnavailable",
         "Ray's object store takes no 21 B more: 1 of 80 B together are kept, and BRIDGE_DATA_RAY_BYTES allows 100 B",
+        "Ray's object store takes no 104 B: BRIDGE_DATA_RAY_BYTES allows 100 B",
     ]
     ref = inside("answer = data.put(numpy.ones(10), keep_s=0.2).model_dump(mode='json')")
     wait_for(lambda: inside("answer = store.holdings()")[0] == 0, "its end")
     with pytest.raises(RuntimeError, match=r"DataLost.*has expired"):
         inside("data.get(ref)", ref=ref)
+
+
+def test_errors_of_rays_are_named_in_a_line(inside):
+    """As the keeper's own arrive, with a traceback in their text."""
+    assert inside("""
+from actors.ray_store import _answers
+answer = []
+for cause in (ray.exceptions.OutOfDiskError('no space'), OSError(5, 'broken')):
+    try:
+        with _answers('1 B for it'):
+            raise ray.exceptions.RayTaskError('keep', 'Traceback ...', cause).as_instanceof_cause()
+    except Exception as error:
+        answer.append(f'{type(error).__name__}: {error}')
+""") == [
+        "StoreUnavailable: 1 B for it: Ray's memory is full, and its disk",
+        "StoreUnavailable: 1 B for it: OSError: [Errno 5] broken",
+    ]
 
 
 def test_what_is_on_its_way_between_actors_ends_with_its_actor(inside):

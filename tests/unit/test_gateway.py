@@ -1,5 +1,6 @@
 """Between an executor and its actor: data through a socket for each request, whatever becomes of either side."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -122,6 +123,34 @@ def test_without_its_actor_an_executor_is_told(gateway, store):
         store.write(memoryview(b"abc"), 60.0)
     with pytest.raises(StoreUnavailable, match="started by no Ray actor"):
         list(ActorStore(None, 10.0).read("ray:x", 3, 3))
+
+
+def test_an_actor_that_does_not_answer_is_not_waited_for_long(shelf, store, monkeypatch):
+    """As one that waits for a head that is gone: its thread hangs, and the body gets an error."""
+    monkeypatch.setattr("actors.gateway.PATIENCE_S", -9.9)  # of 10 s
+    goes_on = threading.Event()
+    shelf.lend = shelf.write = lambda *_: goes_on.wait(60)
+    try:
+        for do in (lambda: store.write(memoryview(b"abc"), 60.0), lambda: list(store.read("ray:x", 3, 3))):
+            with pytest.raises(StoreUnavailable, match="the actor has not answered"):
+                do()
+    finally:
+        goes_on.set()
+
+
+def test_what_a_body_starts_does_not_get_the_gateway(gateway):
+    fd = os.dup(gateway.theirs.fileno())
+    os.set_inheritable(fd, True)  # as `pass_fds` leaves it
+    store = ActorStore(fd, 10.0)
+    assert not os.get_inheritable(fd)
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(StoreUnavailable):
+            store.write(memoryview(b"abc"), 60.0)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert store.write(memoryview(b"abc"), 60.0).startswith("ray:")
 
 
 def test_the_gateway_ends_with_its_executor():
