@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 9
+PROTOCOL = 10
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096

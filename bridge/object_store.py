@@ -52,13 +52,13 @@ def _join(app: Any, config: StoreConfig) -> None:
             "or set BRIDGE_DATA_URL=ray"
         )
     use_token()
-    from bridge.cluster import connect, find_cluster  # loads Ray, which reads once whether it shows a token
+    from bridge.cluster import answers, connect, find_cluster  # loads Ray, which reads once whether it shows a token
 
     try:
-        with (
-            redirect_stdout(sys.__stdout__),
-            redirect_stderr(sys.__stderr__),
-        ):  # Ray needs real ones
-            connect(find_cluster(settings().ray_address), settings().namespace_of(app), settings().connect_wait_s)
+        address = find_cluster(settings().ray_address)
+        if not answers(address):  # Ray itself would ask for minutes, and then end this process
+            raise StoreUnavailable(f"Ray's object store: nothing answers at {address}")
+        with redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__):  # Ray needs real ones
+            connect(address, settings().namespace_of(app), settings().connect_wait_s)
     except StartupError as error:
         raise StoreUnavailable(f"Ray's object store: {error}") from error

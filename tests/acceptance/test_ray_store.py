@@ -106,8 +106,12 @@ def test_a_process_outside_is_told(send, inside):
 
 def test_a_producer_that_chose_this_store_joins_by_itself_and_what_it_puts_outlives_it(inside, env, send):
     code = (
-        "import sys\nfrom tests.apps.data import app\nfrom bridge import data\nimport numpy\n"
+        "import os, sys\nfrom tests.apps.data import app\nfrom bridge import data, errors, settings\nimport numpy\n"
         "app.set_current()\nassert 'ray' not in sys.modules\n"
+        "head, os.environ['BRIDGE_RAY_ADDRESS'] = os.environ['BRIDGE_RAY_ADDRESS'], '127.0.0.1:1'\n"
+        "try:\n    data.put(numpy.ones(1))\n"
+        "except errors.StoreUnavailable as error:\n    assert 'nothing answers at 127.0.0.1:1' in str(error)\nelse:\n    raise AssertionError\n"
+        "os.environ['BRIDGE_RAY_ADDRESS'] = head\nsettings.settings.cache_clear()\n"
         "ref, once = data.put(numpy.arange(5.0)), data.put(numpy.ones(2000), once=True)\n"
         "assert data.get(ref).sum() == 10\nprint(f'[{ref.model_dump_json()}, {once.model_dump_json()}]')\n"
     )
