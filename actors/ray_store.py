@@ -34,8 +34,8 @@ KEEP_IDLE_S = 60.0
 MOST_OBJECTS = 100_000
 #: A keeper that ends or begins is asked again so many times, after a pause in seconds.
 ATTEMPTS, PAUSE_S = 4, 0.2
-#: A keeper copies so many objects at once; finding and forgetting has threads of its own, and never waits for a copy.
-COPIES = 4
+#: A keeper copies so many objects at once, and so many wait on threads of their own: finding and forgetting goes on.
+COPIES, WAITING_COPIES = 4, 64
 #: A keeper that has told Ray to end it is gone within this many seconds.
 GONE_S = 10.0
 
@@ -50,12 +50,15 @@ class _NoKeeper(Exception):
     """There is none in the namespace, or none that answers, and what was asked needs no new one."""
 
 
-@ray.remote(concurrency_groups={"copies": COPIES})
+@ray.remote(concurrency_groups={"copies": WAITING_COPIES})
 class Keeper:
     """Keeps references to objects by id."""
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
+        self._coming: set[str] = set()  # ids of what is being copied, while it is wanted
+        self._withdrawn: set[str] = set()  # ids of what has not even come yet, and is not wanted any more
+        self._copying = threading.Semaphore(COPIES)
         self._size_bytes = 0  # with what is being copied
         self._asked_at = time.monotonic()
         self._lock = threading.Lock()
@@ -75,19 +78,31 @@ class Keeper:
         """
         with self._lock:
             self._asked_at = time.monotonic()
-            if self._size_bytes + size_bytes > limit_bytes or len(self._kept) >= MOST_OBJECTS:
-                held = f"{len(self._kept)} of {readable(self._size_bytes)} together are kept"
+            if name in self._withdrawn:
+                self._withdrawn.remove(name)
+                return "it was withdrawn"
+            count = len(self._kept) + len(self._coming)
+            if self._size_bytes + size_bytes > limit_bytes or count >= MOST_OBJECTS:
+                held = f"{count} of {readable(self._size_bytes)} together are kept"
                 return f"{held}, and BRIDGE_DATA_RAY_BYTES allows {readable(limit_bytes)}"
             self._size_bytes += size_bytes
+            self._coming.add(name)
+        ref = None
         try:
-            ref = box[0] if is_brief else ray.put(ray.get(box[0]))
-        except BaseException:
+            ref = box[0] if is_brief else self._copied(name, box[0])
+        finally:
             with self._lock:
-                self._size_bytes -= size_bytes
-            raise
-        with self._lock:
-            self._kept[name] = _Kept(ref, size_bytes, time.monotonic() + keep_s)
+                if ref is not None and name in self._coming:
+                    self._kept[name] = _Kept(ref, size_bytes, time.monotonic() + keep_s)
+                else:
+                    self._size_bytes -= size_bytes
+                self._coming.discard(name)
         return ""
+
+    def _copied(self, name: str, ref: Any) -> Any:
+        """A reference to a copy that this process owns; None if it is not wanted any more."""
+        with self._copying:
+            return ray.put(ray.get(ref)) if name in self._coming else None
 
     def find(self, name: str) -> list[Any]:
         """The reference, in a list; an empty one when it is not kept."""
@@ -99,8 +114,16 @@ class Keeper:
     def forget(self, names: list[str]) -> None:
         """Let go of some; whoever reads one goes on."""
         with self._lock:
+            self._coming.difference_update(names)
             gone = [self._kept.pop(name) for name in names if name in self._kept]
             self._size_bytes -= sum(kept.size_bytes for kept in gone)
+
+    def withdraw(self, name: str) -> None:
+        """Let go of what may be kept, on its way into a copy, or about to come."""
+        with self._lock:
+            if name not in self._kept and name not in self._coming:
+                self._withdrawn.add(name)
+        self.forget([name])
 
     def holdings(self) -> tuple[int, int]:
         """How many are kept, and their bytes."""
@@ -115,7 +138,7 @@ class Keeper:
                 over = [name for name, kept in self._kept.items() if kept.expires_at <= now]
             self.forget(over)
             with self._lock:
-                is_empty = not self._kept and not self._size_bytes
+                is_empty = not self._kept and not self._coming
                 if is_empty and now - self._asked_at > KEEP_IDLE_S:  # the next who puts something makes another one
                     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
                     time.sleep(GONE_S)  # with the lock: who puts now is to be told, and not to lose what it put
@@ -135,7 +158,11 @@ class RayStore:
         with _answers(f"{readable(size_bytes)} for Ray's object store"):
             box = [ray.put(numpy.frombuffer(data, numpy.uint8) if size_bytes else numpy.empty(0, numpy.uint8))]
             args = name, box, size_bytes, keep_s, self._config.ray_bytes, is_brief
-            refusal = self._ask("keep", *args, patience_s=patience_s(self._config.timeout_s, size_bytes))
+            try:
+                refusal = self._ask("keep", *args, patience_s=patience_s(self._config.timeout_s, size_bytes))
+            except BaseException:  # too late, or an interrupt: what nobody knows of is not to be kept
+                self._withdraw(name)
+                raise
         if refusal:
             raise StoreUnavailable(f"Ray's object store takes no {readable(size_bytes)} more: {refusal}")
         return f"ray:{name}"
@@ -186,6 +213,11 @@ class RayStore:
         if not creates:
             raise _NoKeeper
         raise StoreUnavailable(f"Ray's object store: the actor {KEEPER} ends again and again")
+
+    def _withdraw(self, name: str) -> None:
+        """Have it forgotten, also while it is copied; nobody waits for that, and if it fails it expires."""
+        with suppress(Exception):
+            self._known[1].withdraw.remote(name)
 
     def _keeper(self, creates: bool) -> Any:
         context = ray.get_runtime_context()

@@ -176,6 +176,20 @@ small.delete(small.write(bytes(21), 3600.0), 21)
         inside("data.get(ref)", ref=ref)
 
 
+def test_what_is_put_too_late_is_not_kept(inside):
+    assert (
+        inside("""
+data.delete(data.put(numpy.ones(3)))  # there is a keeper
+try:
+    RayStore('tests', StoreConfig(timeout_s=0)).write(bytes(1000), 3600.0)
+except Exception as error:
+    answer = str(error)
+""")
+        == "1000 B for Ray's object store: Ray has not answered in time"
+    )
+    wait_for(lambda: inside("answer = store.holdings()") == [0, 0], "it to be forgotten")
+
+
 def test_errors_of_rays_are_named_in_a_line(inside):
     """As the keeper's own arrive, with a traceback in their text."""
     assert inside("""
