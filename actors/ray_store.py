@@ -233,12 +233,12 @@ class RayStore:
             raise _NoKeeper from None
 
     def _created(self, node: str) -> Any:
-        """On the node of who needs it first: the bridge is installed there, as it need not be on Ray's head."""
+        """On the node of who needs it first: the bridge is installed there, as it need not be on any other."""
         keeper: Any = Keeper
         return keeper.options(
             name=KEEPER, namespace=self._namespace, lifetime="detached", get_if_exists=True, num_cpus=0,
             max_restarts=0, max_concurrency=8, enable_task_events=False,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         ).remote()  # fmt: skip
 
 
