@@ -1,7 +1,6 @@
 """Ray's head killed under running bodies, and started again: with what it knew kept in a Redis, and without."""
 
 import os
-import shutil
 import socket
 
 import psutil
@@ -10,7 +9,7 @@ import pytest
 from bridge.head import VARIABLE
 from bridge.standalone import free_port
 from tests.support.heads import TwoNodes, kill_all_of
-from tests.support.services import RayCluster, RedisServer, Worker, inspected, wait_for
+from tests.support.services import RedisServer, Worker, inspected, wait_for
 from tests.support.tls import Certificate, TlsProxy
 
 GET = {"timeout": 90}
@@ -128,24 +127,3 @@ def test_a_head_that_forgets_costs_what_was_running(start, producer):
     assert "no GPU actor has it" not in site.worker.output, "the new actor suits"
     now = site.gpu()
     assert now["driver"] != before["driver"] and not psutil.pid_exists(before["driver"])
-
-
-def test_a_head_at_another_address_needs_workers_started_anew(environment, ray_cluster, producer, tmp_path):
-    """A worker goes on asking the address it was started with, and says so; told to end it gives back what it has."""
-    old = RayCluster(tmp_path)
-    log, gate, options = tmp_path / "moves", tmp_path / "moves-gate", ("-c", "1", "-Q", "moves", "-n", "moves@%h")
-    env = {**environment, "BRIDGE_HEAD_WAIT_S": "1"}
-    try:
-        first = Worker(tmp_path, *options, app="tests.apps.lossy:app", env={**env, "BRIDGE_RAY_ADDRESS": old.address})
-        result = producer.send_task("lossy.holds.late_reject", [str(log), str(gate)], queue="moves")
-        wait_for(log.exists, "the body to run")
-    finally:
-        kill_all_of(old)
-        shutil.rmtree(old.folder, ignore_errors=True)
-    first.says(f"no Ray cluster: nothing answers at {old.address}; GPU tasks wait until there is one; if its head has")
-    assert producer.send_task("lossy.cpu", [1], queue="moves").get(**GET) == 1
-    assert first.stop() == 0, first.output[-3000:]
-    gate.touch()
-    second = Worker(tmp_path, *options, app="tests.apps.lossy:app", env=env, log="second.log")
-    assert result.get(**GET) == "done" and log.read_text().count("run") == 2
-    assert second.stop() == 0, second.output[-3000:]

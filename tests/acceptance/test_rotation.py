@@ -21,6 +21,13 @@ def server(tmp_path):
     server.kill_group()
 
 
+def published(client):
+    """Whether a body could send a task, and that one ran."""
+    result = client.send_task("lossy.publishes", [7])
+    other = result.get(**GET, propagate=False)
+    return result.successful() and client.AsyncResult(other).get(**GET) == 7
+
+
 def test_the_password_of_redis_is_changed_and_nothing_is_lost(server, environment, tmp_path):
     acl, started = lambda change: server.client.execute_command("ACL", "SETUSER", USER, change), []
     client = Celery(broker=server.url, backend=server.url, set_as_current=False)
@@ -45,9 +52,9 @@ def test_the_password_of_redis_is_changed_and_nothing_is_lost(server, environmen
 
     try:
         first = start("first", "old-word")
-        running = hold("running")
         acl(">new-word")
         cut(first)  # it logs in again, with the old one
+        running = hold("running")
         waiting = [client.send_task("lossy.holds.late", [str(tmp_path / str(n)), str(tmp_path / "running-go")])
                    for n in range(5)]  # fmt: skip
         second = start("second", "new-word")
@@ -58,11 +65,12 @@ def test_the_password_of_redis_is_changed_and_nothing_is_lost(server, environmen
         assert [result.get(**GET) for result in [running, *waiting]] == ["done"] * 6
         assert (tmp_path / "running").read_text().count("run") == 1
         acl("<old-word")
-        running = hold("later")
         cut(second)  # nobody goes on with what was opened by the old one
-        (tmp_path / "later-go").touch()
-        assert running.get(**GET) == "done"
-        assert client.send_task("lossy.publishes", [7]).get(**GET) == "x"
+        assert client.send_task("lossy.cpu", [1]).get(**GET) == 1
+        with pytest.raises(Exception, match="invalid username-password"):
+            client.send_task("lossy.publishes", [7]).get(**GET)  # a warm executor has what it was started with
+        client.control.broadcast("gpu_restart", reply=True, timeout=20, limit=1)
+        wait_for(lambda: published(client), "a new executor")
         assert inspected(client, f"second@{socket.gethostname()}", "gpu")["in_flight"] == 0
         assert second.stop() == 0, second.output[-3000:]
         assert "word" not in first.output + second.output
