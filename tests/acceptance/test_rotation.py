@@ -31,25 +31,16 @@ def published(client):
 
 
 def test_the_password_of_redis_is_changed_and_nothing_is_lost(server, environment, tmp_path):
-    acl, started = lambda change: server.client.execute_command("ACL", "SETUSER", USER, change), []
-    client = Celery(broker=server.url, backend=server.url, set_as_current=False)
+    client, started = Celery(broker=server.url, backend=server.url, set_as_current=False), []
+
+    def acl(change):
+        server.client.execute_command("ACL", "SETUSER", USER, change)
 
     def start(name, word):
         url = server.url.replace("://", f"://{USER}:{word}@")
         env = {**environment, "CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url, "BRIDGE_RELEASE": "rotation"}
-        started.append(
-            Worker(
-                tmp_path,
-                "-c",
-                "1",
-                "-n",
-                f"{name}@%h",
-                "--without-mingle",
-                app="tests.apps.lossy:app",
-                env=env,
-                log=f"{name}.log",
-            )
-        )
+        options = ("-c", "1", "-n", f"{name}@%h", "--without-mingle")
+        started.append(Worker(tmp_path, *options, app="tests.apps.lossy:app", env=env, log=f"{name}.log"))
         return started[-1]
 
     def gpu():
