@@ -52,6 +52,7 @@ BACKOFF_S = (0.1, 30.0)
 #: A driver that has been silent for this long after a hard limit has passed is ended.
 BACKSTOP_S = 30.0
 #: A request that this many drivers had when they died is lost, too, though it never started: it may be why they died.
+#: Drivers that ended with their cluster, or were not let in, are not counted: they have said why.
 MAX_LOST = 5
 #: While the driver does not take what is written, it is offered again this often, in seconds.
 FLUSH_AGAIN_S = 0.005
