@@ -79,6 +79,7 @@ def test_a_dashboard_and_metrics_that_hang_and_end_cost_nothing(site, gpus, prod
     (dashboard,) = [each for each, text in watchers.items() if "dashboard/dashboard.py" in text]
     assert sum("DashboardAgent" in text for text in watchers.values()) == 2, watchers
     assert any("MetricsHead" in text for text in watchers.values()), watchers
+    wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
     before = executors(gpus()[0])
 
     def hold(name):
