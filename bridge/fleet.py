@@ -247,10 +247,10 @@ class Fleet:
 
     def _find(self, patient: bool) -> str:
         """The head's address, once something listens there."""
-        deadline = time.monotonic() + self._settings.connect_wait_s
+        deadline, given, is_said = time.monotonic() + self._settings.connect_wait_s, self._settings.ray_address, False
         while True:
             try:
-                address = find_cluster(self._settings.ray_address)
+                address = find_cluster(given)
                 if answers(address):
                     return address
                 problem = f"nothing answers at {address}"
@@ -261,6 +261,10 @@ class Fleet:
                     f"no Ray cluster: {problem}. Start one with `ray start --head` "
                     "(and --port=6380 where Redis holds 6379), or set BRIDGE_RAY_ADDRESS=host:port"
                 )
+            if patient and not is_said:
+                is_said = True  # this process cannot learn of another address: its environment stays as it is
+                moved = "; if its head has moved, restart this worker with the new BRIDGE_RAY_ADDRESS" if given else ""
+                logger.warning("no Ray cluster: %s; GPU tasks wait until there is one%s", problem, moved)
             time.sleep(0.5)
 
     def _require_gpu(self, patient: bool) -> None:

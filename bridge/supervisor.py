@@ -52,6 +52,7 @@ BACKOFF_S = (0.1, 30.0)
 #: A driver that has been silent for this long after a hard limit has passed is ended.
 BACKSTOP_S = 30.0
 #: A request that this many drivers had when they died is lost, too, though it never started: it may be why they died.
+#: Drivers that ended with their cluster, or were not let in, are not counted: they have said why.
 MAX_LOST = 5
 #: While the driver does not take what is written, it is offered again this often, in seconds.
 FLUSH_AGAIN_S = 0.005
@@ -112,6 +113,7 @@ class DriverSupervisor:
         self.on_report: Callable[[], None] = _nothing
         self._driver_id = ""
         self._start_error: tuple[str, str] | None = None
+        self._shut_out_since: float | None = None  # no driver gets into the cluster: a changed token, another version
 
     # ---- life cycle
 
@@ -406,6 +408,7 @@ class DriverSupervisor:
             self._start_error = message.error
             if any(actor["state"] == ActorState.READY for actor in message.fleet["actors"]):
                 self._failures = 0  # it has started well: should it die, the next one need not wait
+                self._shut_out_since = None
             _call(self.on_report)
             return
         request = self._requests.get(message.serial)
@@ -483,20 +486,24 @@ class DriverSupervisor:
         if self._stopping:
             return
         planned, self._restarting = self._restarting, False
+        why = self._start_error[1] if code == driver.EXIT_NOT_STARTED and self._start_error else ""
+        blames_nobody = planned or code in (driver.EXIT_CLUSTER_LOST, driver.EXIT_NOT_STARTED)
         for request in self._requests.values():
-            request.run = request.run._replace(lost=request.run.lost + (not planned))
+            request.run = request.run._replace(lost=request.run.lost + (not blames_nobody))
         wanted = [each for each in self._requests.values() if not each.cancelled]
         lost = [each for each in wanted if each.run.lost >= MAX_LOST or (each.accepted and not self._runs_again(each))]
         logger.log(
             logging.INFO if planned and not lost else logging.ERROR,
-            "the GPU driver ended (exit code %s): %d GPU tasks are lost, %d go to the next driver",
-            code, len(lost), len(wanted) - len(lost),
+            "the GPU driver ended (exit code %s%s): %d GPU tasks are lost, %d go to the next driver",
+            code, f": {why}" if why else "", len(lost), len(wanted) - len(lost),
         )  # fmt: skip
         for request in lost:
             del self._requests[request.run.serial]
             error = WorkerLostError(f"the GPU driver (pid {self._process.pid}) ended with exit code {code}")
             self._fail(request, _einfo(error))
             _call(request.on_end)
+        if why:
+            self._fail_what_has_waited(why)
         for request in list(self._requests.values()):
             request.is_sent = request.accepted = False
             self._settle_or_send(request)
@@ -511,6 +518,17 @@ class DriverSupervisor:
             return False
         task = self._app.tasks[request.run.task]
         return bool(task.acks_late) and task.reject_on_worker_lost is not False
+
+    def _fail_what_has_waited(self, why: str) -> None:
+        """No driver gets in: tasks wait as for a cluster that is gone, and then learn the reason."""
+        now = time.monotonic()
+        self._shut_out_since = self._shut_out_since or now
+        if now - self._shut_out_since < self._settings.cluster_wait_s:
+            return
+        for request in [each for each in self._requests.values() if not each.cancelled]:
+            del self._requests[request.run.serial]
+            self._fail(request, _einfo(errors.ClusterUnavailable(why)))
+            _call(request.on_end)
 
     def _schedule_restart(self) -> None:
         first, longest = BACKOFF_S

@@ -231,7 +231,12 @@ def is_refusal(error: Exception) -> bool:
 
 def advice_on(error: Exception) -> str:
     """What to do about a broker or backend that cannot be used."""
-    return "check user and password" if is_refusal(error) else "is it running? --standalone starts a Redis"
+    if is_refusal(error):
+        return "check user and password"
+    if any(word in str(error).lower() for word in ("ssl", "certificate")):
+        files = "ssl_ca_certs in the URL, broker_use_ssl"
+        return f"check the authority's file ({files}), the host's name, and that TLS is spoken there"
+    return "is it running? --standalone starts a Redis"
 
 
 def ping_broker(app: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import uuid
@@ -14,7 +15,7 @@ from celery import Celery
 from kombu import Connection
 from kombu.pidbox import Mailbox
 
-from tests.support.rabbitmq import RabbitMQ, need_rabbitmq
+from tests.support.rabbitmq import PASSWORD, RabbitMQ, need_rabbitmq
 from tests.support.services import ROOT, RedisServer, Worker, wait_for
 from tests.support.tls import Certificate, TlsProxy
 
@@ -70,8 +71,10 @@ class Site:
 
     def start(self):
         self._starts += 1
+        # Those that connect again and again save the second in which a worker listens for neighbours each time.
+        more = ["--without-mingle"] if self.queue in QUEUES else []
         self.worker = Worker(
-            self.folder, "-c", "2", "--prefetch-multiplier=2", "-n", f"{self._name}@%h", env=self._env,
+            self.folder, "-c", "2", "--prefetch-multiplier=2", "-n", f"{self._name}@%h", *more, env=self._env,
             app="tests.apps.messages:app", log=f"worker-{self._starts}.log",
         )  # fmt: skip
 
@@ -328,6 +331,28 @@ def test_results_over_rpc(rabbitmq, environment, tmp_path):
         assert site.worker.stop() == 0, site.worker.output[-5000:]
     finally:
         site.close()
+
+
+def test_rabbitmq_over_tls(rabbitmq, environment, tmp_path):
+    authority, other = Certificate(tmp_path, "authority"), Certificate(tmp_path, "other")
+    proxy = TlsProxy(Certificate(tmp_path, "rabbitmq", authority), rabbitmq.port)
+    url, site = f"amqps://guest:{PASSWORD}@localhost:{proxy.port}//", None
+    ours, wrong = [{"ca_certs": str(each.file), "cert_reqs": ssl.CERT_REQUIRED} for each in (authority, other)]
+    try:
+        site = Site(tmp_path, environment, url, "tls-rmq", task_default_queue="tls-rmq", broker_use_ssl=ours)
+        gpu, cpu = [site.send(f"{kind}.seen", "x" * 200_000) for kind in ("gpu", "cpu")]
+        assert gpu.get(**GET) == cpu.get(**GET)
+        sent = [site.send("gpu.same", n) for n in range(50)]
+        assert [result.get(**GET) for result in sent] == list(range(50))
+        assert proxy.connections >= 2, "producer and worker came through it"
+        assert site.worker.stop() == 0, site.worker.output[-5000:]
+        code, said, output = refused(environment, url, broker_use_ssl=wrong)
+        assert code == 66 and "certificate verify failed" in said and "check the authority's file" in said, output
+        assert f":{PASSWORD}@" not in output
+    finally:
+        if site:
+            site.close()
+        proxy.stop()
 
 
 # ---- Redis behind TLS and a password

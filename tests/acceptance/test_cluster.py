@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from tests.acceptance.test_startup import run, the_line
+from tests.support.heads import kill_all_of
 from tests.support.services import ROOT, RayCluster, Worker, inspected, keep_token, wait_for
 
 GET = {"timeout": 60}
@@ -75,10 +76,20 @@ def test_a_cluster_with_a_token_lets_in_who_has_it_and_tells_others(cluster, env
     assert code == 69 and f"the token file {missing} is empty or cannot be read" in the_line(said, output)
 
 
-def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, tmp_path):
+@pytest.fixture(scope="module")
+def pair(environment, tmp_path_factory):
+    """A cluster with two GPUs and its worker."""
+    folder = tmp_path_factory.mktemp("pair")
+    ray = RayCluster(folder, gpus=2)
+    more = {"BRIDGE_BEAT_S": "0.2", "BRIDGE_HEAD_WAIT_S": "1"}
+    env = {**environment, "BRIDGE_RAY_ADDRESS": ray.address, **more}
+    yield ray, Worker(folder, "-c", "1", "-Q", "pair", "-n", "pair@%h", env=env)
+    ray.stop()
+    shutil.rmtree(ray.folder, ignore_errors=True)
+
+
+def test_gpu_restart_takes_one_actor_at_a_time(pair, producer):
     name = f"pair@{socket.gethostname()}"
-    env = {**environment, "BRIDGE_RAY_ADDRESS": cluster(gpus=2).address, "BRIDGE_BEAT_S": "0.2"}
-    worker = Worker(tmp_path, "-c", "1", "-Q", "pair", "-n", "pair@%h", env=env)
     control = producer.control
 
     def actors():
@@ -98,7 +109,22 @@ def test_gpu_restart_takes_one_actor_at_a_time(cluster, environment, producer, t
     wait_for(restarted, "two new actors")
     assert set(seen) >= {1, 2} and 0 not in seen, "one is always there"
     assert [result.get(**GET) for result in results] == list(range(len(results)))
-    assert worker.stop() == 0
+
+
+def test_a_head_that_moves_wants_workers_started_anew_and_nothing_is_lost(pair, worker, producer, tmp_path):
+    """The last test of that worker: it goes on asking the address it was started with, and says so."""
+    ray, moved = pair
+    log = tmp_path / "log"
+    kill_all_of(ray)
+    sent = [producer.send_task("shop.records", [str(log), str(number)], queue="pair") for number in range(3)]
+    moved.says(f"no Ray cluster: nothing answers at {ray.address}; GPU tasks wait until there is one; if its head has")
+    assert producer.send_task("shop.unmarked", [[1, 2]], queue="pair").get(**GET)[1] == 3
+    assert moved.stop() == 0, moved.output[-3000:]
+    shop = [f"shop@{socket.gethostname()}"]  # a worker that was started with another head's address
+    producer.control.add_consumer("pair", destination=shop, reply=True, timeout=20)
+    assert [result.get(**GET) for result in sent] == ["0", "1", "2"]
+    assert sorted(log.read_text().split()) == ["0", "1", "2"], "each ran once"
+    producer.control.cancel_consumer("pair", destination=shop, reply=True, timeout=20)
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,22 @@ def client(redis_server):
 
 
 @pytest.fixture(scope="module")
-def events(client, environment, tmp_path_factory):
+def may(redis_server):
+    """``may("-publish")``: what the user may do on the broker that the worker comes as; results go by another one."""
+
+    def change(*rules):
+        redis_server.client.execute_command("ACL", "SETUSER", "twins", *rules)
+
+    change("on", "nopass", "~*", "&*", "+@all")
+    yield change
+    redis_server.client.acl_deluser("twins")
+
+
+@pytest.fixture(scope="module")
+def events(client, environment, may, tmp_path_factory):
     options = ["-E", "-c", "2", "-n", "twins@%h"]
-    worker = Worker(tmp_path_factory.mktemp("twins"), *options, app="tests.apps.twins:app", env=environment)
+    env = {**environment, "CELERY_BROKER_URL": environment["CELERY_BROKER_URL"].replace("://", "://twins:x@")}
+    worker = Worker(tmp_path_factory.mktemp("twins"), *options, app="tests.apps.twins:app", env=env)
     events = Events(client)
     yield events
     events.close()
@@ -171,3 +184,20 @@ def test_a_task_revoked_at_the_moment_of_its_start_is_announced_once(client, eve
     last = client.send_task("twins.gpu.nap", [0])
     wait_for(lambda: "task-succeeded" in types(events.of(last.id)), "the last task's events")
     assert {types(events.of(task_id)).count("task-revoked") for task_id in sent} == {1}
+
+
+def test_events_that_the_broker_refuses_cost_no_task(client, events, may):
+    """They wait in the worker, as Celery has it, and are sent when they are taken again."""
+    may("-publish")
+    sent = [client.send_task(f"twins.{kind}.nap", [0]) for kind in ("gpu", "cpu") for _ in range(5)]
+    failed = client.send_task("twins.gpu.fails", ["odd"])
+    assert [type(result.get(timeout=60)) for result in sent] == [list] * 10
+    assert type(failed.get(timeout=60, propagate=False)) is ValueError
+    assert not [event for event in events.of(failed.id) if event["type"] != "task-sent"]
+    may("+publish")
+    last = client.send_task("twins.gpu.nap", [0])
+    assert type(last.get(timeout=60)) is list
+    wait_for(lambda: "task-succeeded" in types(events.of(last.id)), "the last task's events")
+    wanted = ["task-received", "task-sent", "task-started", "task-succeeded"]
+    assert [sorted(types(events.of(result.id))) for result in sent] == [wanted] * 10
+    assert sorted(types(events.of(failed.id))) == ["task-failed", *wanted[:3]]

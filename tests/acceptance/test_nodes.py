@@ -1,6 +1,7 @@
-"""Two GPU nodes, two workers that start at the same moment, and the end of one node."""
+"""Two GPU nodes, two workers that start at the same moment, the end of Ray's dashboard, and the end of one node."""
 
 import shutil
+import signal
 import socket
 
 import psutil
@@ -15,9 +16,9 @@ GET = {"timeout": 120}
 
 @pytest.fixture(scope="module")
 def site(environment, tmp_path_factory):
-    """A head with a GPU, a node with another, and two workers that have been started at once: (node, names)."""
+    """A head with a GPU, a node with another, and two workers that have been started at once: (node, names, head)."""
     folder = tmp_path_factory.mktemp("nodes")
-    cluster = RayCluster(folder)
+    cluster = RayCluster(folder, options=["--include-dashboard=true", "--dashboard-port=0"])
     node = RayNode(folder, cluster)
     env = {**environment, "BRIDGE_RAY_ADDRESS": cluster.address, "BRIDGE_BEAT_S": "0.5"}
     workers = [
@@ -27,7 +28,7 @@ def site(environment, tmp_path_factory):
     ]  # fmt: skip
     for each in workers:
         each.says(" ready.")
-    yield node, [f"{name}@{socket.gethostname()}" for name in ("left", "right")], cluster.address
+    yield node, [f"{name}@{socket.gethostname()}" for name in ("left", "right")], cluster
     for each in workers:
         assert each.popen.poll() is None, each.output[-3000:]
         each.kill_group()
@@ -40,7 +41,7 @@ def site(environment, tmp_path_factory):
 @pytest.fixture(scope="module")
 def inside(environment, site):
     """A producer in the cluster: on the head, with actors here and on the node that use Ray's object store."""
-    process = Joined(site[2], "tests", "tests.apps.data:app", environment)
+    process = Joined(site[2].address, "tests", "tests.apps.data:app", environment)
     process("""
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 @ray.remote(num_cpus=0)
@@ -99,6 +100,53 @@ mine = data.put(numpy.ones(100), store='ray')
 """)
         == [1_000_000] * 4
     )
+
+
+def test_a_dashboard_and_metrics_that_hang_and_end_cost_nothing(site, gpus, producer, tmp_path):
+    """Agents only hang here: a raylet ends with its agent, and then the node is lost (the next test)."""
+    node, _, head = site
+    watchers = {
+        each: " ".join(each.cmdline())
+        for server in (head, node)
+        for each in psutil.Process(server.pid).children(recursive=True)
+        if "dashboard" in " ".join(each.cmdline()[:4]).lower() and "raylet/raylet" not in each.exe()
+    }
+    (dashboard,) = [each for each, text in watchers.items() if "dashboard/dashboard.py" in text]
+    assert sum("DashboardAgent" in text for text in watchers.values()) == 2, watchers
+    assert any("MetricsHead" in text for text in watchers.values()), watchers
+    wait_for(lambda: all(len(executors(info)) == 2 for info in gpus()), "both to see both")
+    before = executors(gpus()[0])
+
+    def hold(name):
+        result = producer.send_task("lossy.holds.early", [str(tmp_path / name), str(tmp_path / "go")], queue="left")
+        wait_for((tmp_path / name).exists, "the body to run")
+        return result
+
+    def work(name, held):
+        (tmp_path / "go").touch()
+        logs = [tmp_path / f"{name}-{number}" for number in range(20)]
+        sent = [
+            producer.send_task(f"lossy.holds.{kind}", [str(log), str(tmp_path / "go")], queue=queue)
+            for log, kind, queue in zip(logs, ["early", "late"] * 10, ["left"] * 10 + ["right"] * 10, strict=True)
+        ]
+        assert [result.get(**GET) for result in [held, *sent]] == ["done"] * 21
+        assert [log.read_text().count("run") for log in [tmp_path / name, *logs]] == [1] * 21
+        (tmp_path / "go").unlink()
+
+    held = hold("hang")
+    for each in watchers:
+        each.suspend()
+    try:
+        work("hang", held)
+    finally:
+        for each in watchers:
+            each.resume()
+    held = hold("end")
+    dashboard.send_signal(signal.SIGTERM)  # by any other signal `ray start --block` would end the whole node
+    psutil.wait_procs([each for each, text in watchers.items() if "DashboardAgent" not in text], 20)
+    assert not dashboard.is_running() and head.popen.poll() is None
+    work("end", held)
+    assert [executors(info) for info in gpus()] == [before] * 2, "no warm executor was lost"
 
 
 def test_the_tasks_of_a_lost_node_run_again_on_the_gpus_that_are_left(site, gpus, producer, tmp_path):

@@ -64,3 +64,9 @@ app.task(batched(max_size=8, max_wait_s=0.3)(some_die), name="lossy.batch.late",
 @app.task(name="lossy.cpu")
 def cpu(value):
     return value
+
+
+@app.task(name="lossy.publishes", gpu=True)
+def publishes(value):
+    """From the executor, with the broker's URL that it was started with; the other task's id."""
+    return cpu.delay(value).id

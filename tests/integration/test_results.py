@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import greenlet
@@ -250,6 +251,28 @@ def make_replica(server):
     server.client.execute_command("REPLICAOF", "127.0.0.1", "1")
 
 
+def lose_its_master(server):
+    """A replica that would rather say nothing than something old."""
+    server.client.config_set("replica-serve-stale-data", "no")
+    make_replica(server)
+
+
+def dump(server):
+    return Path(server.client.config_get("dir")["dir"]) / "dump.rdb"
+
+
+def fail_to_save(server):
+    """Redis takes no writes when it could not save: a folder is where its file must go, which stops root, too."""
+    dump(server).mkdir()
+    server.client.config_set("save", "3600 1")
+    _save(server, "err")
+
+
+def _save(server, status):
+    server.client.bgsave()
+    wait_for(lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == status, f"{status} of a save")
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A Redis that the test may break; it is asked again soon."""
@@ -264,12 +287,18 @@ def accept(server):
     server.client.config_set("maxmemory", 0)
     server.client.config_set("min-replicas-to-write", 0)
     server.client.execute_command("REPLICAOF", "NO", "ONE")
+    if dump(server).is_dir():
+        dump(server).rmdir()
+        _save(server, "ok")
 
 
+#: What the error says -> how it is brought about.
 REFUSALS = {
-    "OutOfMemory": fill,
+    "OOM command": fill,
     "read only": make_replica,
     "NOREPLICAS": lambda server: server.client.config_set("min-replicas-to-write", 1),
+    "MISCONF": fail_to_save,
+    "MASTER is down": lose_its_master,
 }
 
 
@@ -277,8 +306,8 @@ def flush_until(one, condition, what):
     wait_for(lambda: one.grouped.flush() or condition(), what, every_s=0.005)
 
 
-@pytest.mark.parametrize("refuse", REFUSALS.values(), ids=REFUSALS)
-def test_results_of_late_tasks_wait_until_redis_stores_again(own, refuse, caplog):
+@pytest.mark.parametrize(("said", "refuse"), REFUSALS.items(), ids=REFUSALS)
+def test_results_of_late_tasks_wait_until_redis_stores_again(own, said, refuse, caplog):
     one = Turns(own.url, is_late=True, **AT_ONCE)
     one.store("a", 1), one.store("b", ValueError("b"), states.FAILURE)
     refuse(own)
@@ -286,7 +315,7 @@ def test_results_of_late_tasks_wait_until_redis_stores_again(own, refuse, caplog
         flush_until(one, lambda: one.grouped.due_in_s() > 0, "Redis to refuse")
         wait_for(lambda: one.grouped.due_in_s() == 0, "the pause to be over", every_s=0.005)
     assert (one.ended, one.errors, one.given_back) == ([], {}, {})
-    assert one.grouped.trouble
+    assert said in one.grouped.trouble
     accept(own)
     flush_until(one, lambda: len(one.ended) == 2, "the results to be stored")
     assert [one.state(each) for each in "ab"] == ["SUCCESS", "FAILURE"] and one.errors == {}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
+from actors.contract import ActorState
 from bridge import supervisor as module
 from bridge.link import Accepted, Done, Ended, Flush, Flushed, Link, Report, Returned, Run, SoftLimited, Stop, Withdraw
 from bridge.supervisor import DriverSupervisor, _einfo
@@ -298,6 +299,32 @@ def test_what_fails_without_having_started_is_accepted_first(lab):
         lab.die()
     assert lab.said() == [("waiting", each) for each in ("accept_callback", "error_callback", "end")]
     assert waiting.run.lost == module.MAX_LOST
+
+
+def test_a_driver_that_is_not_let_in_is_nobodys_fault_and_tasks_wait_and_learn_why(lab, monkeypatch):
+    """After the cluster's token was changed under a worker, say."""
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    lab.supervisor._settings = SimpleNamespace(cluster_wait_s=300.0)
+
+    def shut_out():
+        lab.say(Report(0, {"actors": []}, ("ClusterAuthFailed", "the token was refused")))
+        lab.driver.exitcode = module.driver.EXIT_NOT_STARTED
+        lab.die()
+
+    waiting = lab.send("waiting")
+    for _ in range(module.MAX_LOST + 1):
+        shut_out()
+    assert waiting.run.lost == 0 and lab.said() == []
+    now += 300.0
+    shut_out()
+    error = next(args[0].exception for _, callback, args in lab.heard if callback == "error_callback")
+    assert "ClusterUnavailable: the token was refused" in str(error)
+    assert lab.said() == [("waiting", each) for each in ("accept_callback", "error_callback", "end")]
+    later = lab.send("later")
+    lab.say(Report(0, {"actors": [{"state": ActorState.READY}]}, None))
+    shut_out()
+    assert later.run.lost == 0 and lab.said() == [], "somebody was let in: it counts from now"
 
 
 def test_whoever_listens_to_reports_and_breaks_costs_no_report(lab):
