@@ -23,9 +23,9 @@ $(VENV)/installed-all: pyproject.toml $(VENV)/installed-demo
 demo: $(VENV)/installed-demo ## real photographs through the GPU pipeline; leaves out/contact-sheet.png
 	@$(BIN)/python -m examples.photos.demo
 
-# Two processes, because most tests wait most of the time; each has its own Redis, Ray and RabbitMQ. In the order of the
-# folders, for the files with the quickest tests come last: whoever is done first takes them.
-TEST_PROCESSES ?= 2
+# Three processes on two cores, because most tests wait most of the time; each has its own Redis, Ray and RabbitMQ. In
+# the order of the folders, for the files with the quickest tests come last: whoever is done first takes them.
+TEST_PROCESSES ?= 3
 test: $(VENV)/installed-all ## all tests that can run here; says what was skipped and why
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 

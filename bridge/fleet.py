@@ -114,7 +114,7 @@ class Fleet:
         self._cluster: Connected | None = None
         self._notify: Notify = lambda _event: None
         self._slots: dict[int, _Slot] = {}
-        self._crowded_since: dict[str, float] = {}  # kind -> an actor beyond the others holds a GPU that one waits for
+        self._since: dict[str, float] = {}  # what is not to last -> since when it is so
         self._events: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fleet-large")
         self._address = ""
@@ -283,6 +283,7 @@ class Fleet:
             for kind in reversed(self._needs.kinds):  # "" last: such an actor may be placed on any GPU that is free
                 self._fill(kind)
                 self._make_room(kind)
+                self._withdraw(kind)
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
 
@@ -338,12 +339,31 @@ class Fleet:
         mine = [known for known in self._slots.values() if known.place.accelerator == kind]
         beyond = [known for known in mine if known.ready and known.place.number >= self._bounds[kind].most]
         waiting = [known for known in mine if not known.ready and self._belongs(known.place)]
-        if not beyond or not any(_state(known.handle) in _HOMELESS for known in waiting):
-            self._crowded_since.pop(kind, None)
-        elif time.monotonic() - self._crowded_since.setdefault(kind, time.monotonic()) > self._settings.keep_idle_s:
+        is_crowded = bool(beyond) and any(_state(known.handle) in _HOMELESS for known in waiting)
+        if self._lasts(f"crowded {kind}", is_crowded):
             last = max(beyond, key=lambda known: known.place.number)  # every driver says so, of the same one
             last.handle.drain.remote()
             logger.info("GPU actor %s ends: others have left, and one of those that stay waits", last.place.name)
+
+    def _withdraw(self, kind: str) -> None:
+        """An actor beyond the GPUs that itself waits for one, for long: who has created it may be gone."""
+        if self._settings.max_actors is not None:
+            return  # as above
+        for slot, known in list(self._slots.items()):
+            if known.place.accelerator == kind:
+                is_beyond = not known.ready and known.place.number >= self._bounds[kind].most
+                if self._lasts(f"beyond {slot}", is_beyond and _state(known.handle) in _HOMELESS):
+                    ray.kill(known.handle)
+                    logger.info("GPU actor %s ends: there is no GPU for it", known.place.name)
+                    self._release(slot)
+
+    def _lasts(self, what: str, is_so: bool) -> bool:
+        """Whether it has been so for longer than an actor may be idle; that is counted anew then."""
+        now = time.monotonic()
+        if is_so and now - self._since.setdefault(what, now) <= self._settings.keep_idle_s:
+            return False
+        self._since.pop(what, None)
+        return is_so
 
     def _belongs(self, place: Place) -> bool:
         """Whether it is one of those that are always there."""

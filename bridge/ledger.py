@@ -2,7 +2,7 @@
 
 Only a task that has crashed, or that the broker delivers again, costs a question. What Redis does not answer is as if
 there were no Redis: crashes count in this driver alone, and no task waits longer than for the question's deadline. Dead
-letters wait here until Redis takes them, as many as fit.
+letters, and word of tasks that are blamed no more, wait here until Redis takes them, as many as fit.
 """
 
 import logging
@@ -30,8 +30,12 @@ Then = Callable[[Any], None]
 
 #: After Redis has not answered, crashes are counted here alone for this long, in seconds.
 AWAY_PAUSE_S = 5.0
+#: What waits for Redis is offered again after so many seconds.
+AGAIN_S = 1.0
 #: Dead letters that Redis has not taken have this many bytes together at most, in memory, or BRIDGE_DEAD_LETTERS_BYTES.
 WAITING_BYTES = 1 << 26
+#: Tasks that Redis has not been told yet to blame no more, at most.
+WAITING_ACQUITTALS = 10_000
 #: What is raised where Redis is away, full or in a failover: it may take the same later.
 _PASSES = (RedisError, OSError, OperationalError)
 
@@ -56,7 +60,8 @@ class Ledger:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._looks: list[tuple[str, Then]] = []  # redelivered tasks nobody has asked about yet
         self._letters: list[Letter] = []  # that Redis has not taken yet, the oldest first
-        self._again_at = 0.0  # when it is asked to
+        self._acquitted: dict[str, None] = {}  # ids whose crashes Redis has not forgotten yet, the oldest first
+        self._again_at = 0.0  # when it is asked to take either
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.is_shared = uses_redis(app)
@@ -65,7 +70,14 @@ class Ledger:
 
     def add(self, task_id: str, crashes: dict[str, Crash], then: Then) -> None:
         """Note a task's crashes by execution; the answer is all that are known of it."""
-        self._ask(f"crashes of {task_id}", lambda store: store.add_crashes(task_id, crashes), then)
+
+        def add(store: DeadLetters) -> Any:
+            if task_id in self._acquitted:  # by an earlier run: what Redis still knows does not count
+                store.forget_crashes(task_id)
+                del self._acquitted[task_id]
+            return store.add_crashes(task_id, crashes)
+
+        self._ask(f"crashes of {task_id}", add, then)
 
     def look(self, task_id: str, then: Then) -> None:
         """The crashes known of a task; those of one turn are asked for together."""
@@ -76,8 +88,8 @@ class Ledger:
             self._do(self._look)
 
     def forget(self, task_id: str) -> None:
-        """The task's body has ended by itself: nobody blames it any more."""
-        self._ask(f"the end of {task_id}", lambda store: store.forget_crashes(task_id), lambda _: None)
+        """The task's body has ended by itself: nobody blames it any more, now or as soon as Redis is told."""
+        self._do(lambda: self._forget(task_id))
 
     def bury(self, letter: Letter, then: Then) -> None:
         """Keep a dead letter, now or as soon as Redis takes it; nobody waits for that."""
@@ -97,11 +109,12 @@ class Ledger:
 
     def _work(self) -> None:
         while True:
-            pause_s = max(0.0, self._again_at - time.monotonic()) if self._letters else None
+            waits = self._letters or self._acquitted
             with suppress(queue.Empty):
-                self._jobs.get(timeout=pause_s)()
-            if self._letters and time.monotonic() >= self._again_at:
+                self._jobs.get(timeout=max(0.0, self._again_at - time.monotonic()) if waits else None)()
+            if time.monotonic() >= self._again_at:
                 self._keep_waiting()
+                self._forget_waiting()
 
     def _ask(self, what: str, question: Callable[[DeadLetters], Any], then: Then) -> None:
         self._do(lambda: self._notify(Answered(then, self._try(what, question))))
@@ -110,8 +123,8 @@ class Ledger:
         with self._lock:
             looks, self._looks = self._looks, []
         found = self._try("crashes", lambda store: store.crashes(task_id for task_id, _ in looks))
-        for (_, then), crashes in zip(looks, found or [None] * len(looks), strict=True):
-            self._notify(Answered(then, crashes))
+        for (task_id, then), crashes in zip(looks, found or [None] * len(looks), strict=True):
+            self._notify(Answered(then, None if task_id in self._acquitted else crashes))
 
     def _try(self, what: str, question: Callable[[DeadLetters], Any]) -> Any:
         if time.monotonic() < self._away_until:
@@ -128,7 +141,27 @@ class Ledger:
             self._store = dead_letters(self._app, self._bounds, self._namespace)
         return question(self._store) if self._store is not None else None
 
-    # ---- dead letters
+    # ---- what waits
+
+    def _forget(self, task_id: str) -> None:
+        self._acquitted[task_id] = None
+        if len(self._acquitted) > WAITING_ACQUITTALS:
+            del self._acquitted[next(iter(self._acquitted))]
+        if time.monotonic() >= self._again_at:
+            self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        while self._acquitted:
+            task_id = next(iter(self._acquitted))
+            try:
+                self._answer(lambda store, task_id=task_id: store.forget_crashes(task_id))  # type: ignore[misc]
+            except _PASSES as error:
+                self._again_at = time.monotonic() + AGAIN_S
+                logger.warning("Redis was not told that %s is blamed no more; it will be: %s", task_id, as_text(error))
+                return
+            except Exception as error:  # or the others would wait behind it for ever
+                logger.error("Redis goes on blaming %s: %s", task_id, as_text(error))
+            del self._acquitted[task_id]
 
     def _bury(self, letter: Letter, then: Then) -> None:
         self._letters = [each for each in self._letters if each.id != letter.id]  # this one takes its place
@@ -148,7 +181,7 @@ class Ledger:
         try:
             self._answer(lambda store: store.keep(letter))
         except _PASSES as error:
-            self._again_at = time.monotonic() + AWAY_PAUSE_S
+            self._again_at = time.monotonic() + AGAIN_S
             if not has_waited:
                 logger.error("Redis did not take the dead letter of %s, it waits here: %s", letter.id, as_text(error))
             return False

@@ -298,6 +298,7 @@ def test_shutdown_autoscale_and_pool_restart(environment, producer, send, tmp_pa
     process = Worker(tmp_path, *options, app="tests.apps.restartable:app", env=environment)
     try:
         inspect = producer.control.inspect(destination=[name], timeout=20)
+        wait_for(producer.control.inspect(destination=[name], timeout=1).ping, "the worker to hear broadcasts")
         producer.control.autoscale(5, 3, destination=[name], reply=True, timeout=20)
         assert inspect.stats()[name]["autoscaler"] == {"max": 5, "min": 3, "current": 3, "qty": 0}
         before = inspect.stats()[name]["pool"]["gpu"]["driver"]

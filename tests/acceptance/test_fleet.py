@@ -144,10 +144,12 @@ def test_after_a_node_has_left_no_actor_waits_for_the_gpu_of_a_surplus_one(start
     fleet = start({"BRIDGE_KEEP_IDLE_S": "1"}, gpus=1)
     leaves = fleet.join()
     wait_for(lambda: fleet.states() == dict.fromkeys(range(2), "ready"), "the actor of the second node")
-    fleet.join()
+    third = fleet.join()
     wait_for(lambda: fleet.states() == dict.fromkeys(range(3), "ready"), "the actor of the third node")
     leaves.stop()
     wait_for(lambda: fleet.states() == dict.fromkeys(range(2), "ready"), "two actors for two GPUs, and none beyond")
+    third.stop()
+    wait_for(lambda: fleet.states() == {0: "ready"}, "the actor that no GPU is left for to be taken back")
     fleet.stop()
 
 

@@ -73,8 +73,8 @@ class Run:
             lines(self.sent), lines(self.cluster.folder / "effects"), results.histories, lines(self.struck)
         )
         self.problems += [
-            f"{task} has a dead letter and is not poisoned"
-            for task in measure.dead_letters(self.cluster.redis.client) - verdict.poisoned
+            f"{task} has a dead letter and has not ended enough executors"
+            for task in measure.dead_letters(self.cluster.redis.client) - verdict.buried
         ]
         summary = self._summary(verdict, before, after, whole)
         if summary["violations"]:

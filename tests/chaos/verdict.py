@@ -93,6 +93,16 @@ class Verdict:
         }
 
     @property
+    def buried(self):
+        """Tasks that may have a dead letter: poisoned ones, and such as have succeeded but once, which Celery keeps.
+
+        The others of their runs, of a message that was delivered again, have all died.
+        """
+        return self.poisoned | {
+            task for task, story in self.stories.items() if len(story.starts) - len(story.ends) >= MAX_CRASHES
+        }
+
+    @property
     def bound(self):
         """Most duplicates the faults of this run allow, and how many early ones may have been lost with a worker."""
         struck = Counter(each["kind"] for each in self.faults)

@@ -312,7 +312,7 @@ def test_redis_away_is_an_answer_and_later_it_is_asked_again(ledger, tmp_path, m
 
 
 def test_letters_that_redis_does_not_take_wait_for_it_as_many_as_fit(ledger, tmp_path, namespace, monkeypatch, caplog):
-    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.2)
+    monkeypatch.setattr("bridge.ledger.AGAIN_S", 0.2)
     server = RedisServer(tmp_path)
     book, told = ledger(server.url, server.url)
     book._bounds = book._bounds._replace(letters=2)
@@ -331,9 +331,33 @@ def test_letters_that_redis_does_not_take_wait_for_it_as_many_as_fit(ledger, tmp
     server.kill_group()
 
 
+def test_a_task_is_blamed_no_more_as_soon_as_redis_can_be_told(ledger, tmp_path, namespace, monkeypatch, caplog):
+    """A success while Redis was away: else a later run would begin at the crashes of earlier ones."""
+    monkeypatch.setattr("bridge.ledger.AGAIN_S", 0.2)
+    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.0)
+    server = RedisServer(tmp_path, options=["appendonly yes", "appendfsync always"])
+    book, told = ledger(server.url, server.url)
+    for name in ("a", "b"):
+        book.add(name, {"d.1.0": CRASH}, lambda _: None)
+        assert answer(told) == {"d.1.0": CRASH}
+    server.client.close()
+    server.kill_group()
+    book.forget("a"), book.forget("b")
+    wait_for(lambda: "was not told that a is blamed no more" in caplog.text, "the first try")
+    server = RedisServer(tmp_path, port=server.port, options=["appendonly yes", "appendfsync always"])
+    later = CRASH._replace(at=2.0)
+    book.add("b", {"d.2.0": later}, lambda _: None)
+    assert answer(told) == {"d.2.0": later}, "a run after that begins at none"
+    there = DeadLetters(server.client, "", namespace, Bounds(9, 1 << 20, 60, 60))
+    wait_for(lambda: there.crashes(["a"]) == [{}], "the crashes of a to be forgotten")
+    assert there.crashes(["b"]) == [{"d.2.0": later}]
+    server.client.close()
+    server.kill_group()
+
+
 def test_a_letter_that_redis_never_takes_holds_up_no_other(ledger, redis_server, monkeypatch, caplog):
     """It had waited for Redis, and cannot be written after all."""
-    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.1)
+    monkeypatch.setattr("bridge.ledger.AGAIN_S", 0.1)
     book, told = ledger(redis_server.url, redis_server.url)
     tried, keep = [], DeadLetters.keep
 
