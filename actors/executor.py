@@ -38,6 +38,7 @@ from actors.contract import (
 )
 from actors.device import is_short_of_memory, open_device
 from actors.device_api import Device, DeviceUnusable
+from actors.garbage import settle
 from actors.gateway import ActorStore
 from actors.journal import Journal
 from actors.leaks import Leaks
@@ -84,6 +85,7 @@ class Executor:
         self._runner.use(self._device)
         info = self._device.describe()
         self._has_memory = info.memory_bytes > 0
+        settle()  # not after residents are loaded: of those that are evicted, cycles must be found
         executor_init.send(sender=app, device=info._asdict())
         self._say(Step("loading residents"))
         residents.shared.limit_bytes = read_limit(self._config.resident_limit, info.memory_bytes)

@@ -12,6 +12,7 @@ import ray
 
 from actors.contract import Busy, Config, Health, Reason, Reply
 from actors.entries import Limits
+from actors.garbage import settle
 from actors.ray_store import RayStore
 from actors.shell import ActorShell
 
@@ -30,6 +31,7 @@ class GpuActor:
         self._shell = ActorShell(
             slot, limits, self._end, accelerator_here(), lambda config: RayStore(namespace, config)
         )
+        settle()
 
     def run(self, call: bytes, wait_s: float, parts: Sequence[Any] = ()) -> bytes:
         """See `ActorShell.run`; both pickled, because Ray's own serialisation of a tuple takes far longer.

@@ -42,6 +42,7 @@ from actors.contract import (
     Succeeded,
     TaskCall,
 )
+from actors.garbage import settle
 from actors.handles import DeviceArray
 from bridge import link as messages
 from bridge.auth import use_token
@@ -758,6 +759,7 @@ def main(app: Any, hostname: str, sock: socket.socket, name: str, config: Config
     process_initializer(app, hostname)
     arrays.keeps_forms = arrays.passes_on = True  # after a signal that says the opposite to prefork children
     driver.append(Driver(app, sock, marks, config, supersedes, first, hostname))
+    settle()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a driver ends
     code = driver[0].run()

@@ -14,6 +14,7 @@ from celery.exceptions import TaskRevokedError
 from kombu.asynchronous import get_event_loop, set_event_loop
 from kombu.utils.imports import symbol_by_name
 
+from actors.garbage import settle
 from bridge import control, data  # noqa: F401 - register remote commands and types of messages
 from bridge.banner import Progress, gpu_banner
 from bridge.consumer import hybrid_autoscaler, hybrid_consumer
@@ -64,6 +65,7 @@ class HybridPool(TaskPool):
                     "which GPU tasks need: use Redis or RabbitMQ"
                 )
             self.vitals.open()
+            settle()  # before children are forked, which then share what nobody touches
             super().on_start()
             if self.marks:
                 self.gpu.start([*self.marks, *MAPS])

@@ -72,6 +72,7 @@ class GroupedQoS(RenewingQoS):
     def ack(self, delivery_tag: Any) -> None:
         """Acknowledge with the others of this turn; at once when no turn will come, for nothing is consumed."""
         self._acks.append(delivery_tag)
+        self.has_ended(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
         if len(self._acks) >= MOST_ACKS or not self.channel.active_queues:
             self.send_acks()

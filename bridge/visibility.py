@@ -70,6 +70,15 @@ class RenewingQoS(stock.QoS):
         """Redis holds a message as this worker's, noted with this time of its clock."""
         self._noted[delivery_tag] = noted_at
 
+    def ack(self, delivery_tag: Any) -> None:
+        """As kombu, and nothing of it stays here."""
+        self.has_ended(delivery_tag)
+        super().ack(delivery_tag)
+
+    def has_ended(self, delivery_tag: Any) -> None:
+        """A message is not to be renewed any more; the next renewal may be many thousand messages away."""
+        self._noted.pop(delivery_tag, None)
+
     @property
     def renew_every_s(self) -> float:
         """Seconds between two renewals."""
