@@ -8,7 +8,7 @@ RESULT = RESULTS / "noop.json"
 HEAD = "| a task that does nothing | tasks/s | p50 ms | CPU ms | CPU to prefork | tasks/s to a blocking Ray call |"
 TARGETS_HEAD = "| benchmark | target | asked | measured | |"
 #: In the order the README shows them.
-NAMES = ("noop", "batching", "waiting", "mixed", "growth", "scaling", "warm", "data")
+NAMES = ("noop", "latency", "batching", "waiting", "mixed", "growth", "scaling", "warm", "data")
 
 DATA_HEAD = (
     "| an array of float64 | 1 MiB: p50 ms | CPU ms | producer's CPU ms | 16 MiB: p50 ms | CPU ms | producer's CPU ms |"
