@@ -27,7 +27,11 @@ def over(records: Records, lane: str, figure: str) -> Spread | None:
 
 
 def ratio(records: Records, figure: str, lane: str, base: str) -> Spread | None:
-    """A figure of one lane divided by that of another, within each round."""
+    """A figure of one lane divided by that of another, within each round; not where the other's is 0.
+
+    That is CPU time of a very short run, of which the kernel's clock has seen nothing.
+    """
+    records = [record for record in records if record.lane != base or record.figures.get(figure)]
     return across(records, lambda mine: mine[lane][figure] / mine[base][figure], (lane, base))
 
 

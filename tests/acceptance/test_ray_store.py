@@ -177,13 +177,19 @@ small.delete(small.write(bytes(21), 3600.0), 21)
 
 
 def test_what_is_put_too_late_is_not_kept(inside):
+    """The keeper stands still until the put has been given up."""
     assert (
         inside("""
+import os, signal
 data.delete(data.put(numpy.ones(3)))  # there is a keeper
+pid = ray.get(store._found().__ray_call__.remote(lambda keeper: os.getpid()))
+os.kill(pid, signal.SIGSTOP)
 try:
-    RayStore('tests', StoreConfig(timeout_s=0)).write(bytes(1000), 3600.0)
+    RayStore('tests', StoreConfig(timeout_s=0.3)).write(bytes(1000), 3600.0)
 except Exception as error:
     answer = str(error)
+finally:
+    os.kill(pid, signal.SIGCONT)
 """)
         == "1000 B for Ray's object store: Ray has not answered in time"
     )

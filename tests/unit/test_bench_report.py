@@ -255,6 +255,15 @@ def test_a_table_of_records_has_a_row_for_each_lane_that_was_measured():
     assert rows[0].endswith("-")
 
 
+def test_a_round_in_which_the_clock_saw_nothing_of_the_baseline_gives_no_ratio():
+    def round_of(number, mine, base):
+        return [Record(lane=lane, round=number, figures={"cpu": cpu}) for lane, cpu in [("mine", mine), ("base", base)]]
+
+    records = round_of(1, 10.0, 0.0) + round_of(2, 30.0, 10.0)
+    assert ratio(records, "cpu", "mine", "base") == (3.0, 3.0, 3.0)
+    assert ratio(records[:2], "cpu", "mine", "base") is None
+
+
 def test_noise_says_when_ratios_only_can_be_trusted():
     assert "trust ratios only" in noise([0.2, 0.3], 0.1)
     assert "trust" not in noise([0.05, 0.3, 0.0], 0.1)
