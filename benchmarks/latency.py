@@ -48,7 +48,11 @@ class Latency(Benchmark):
         os.close(handle)
         self._trace = Path(name)
         os.environ["BENCH_TRACE"] = name
-        super().start(session, approaches, size)
+        try:
+            super().start(session, approaches, size)
+        except BaseException:
+            self._trace.unlink()
+            raise
 
     def measure(self, session: Session, size: Size) -> None:
         """Rounds of calls in turn; each call of the bridge gives its steps."""

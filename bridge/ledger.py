@@ -61,6 +61,7 @@ class Ledger:
         self._looks: list[tuple[str, Then]] = []  # redelivered tasks nobody has asked about yet
         self._letters: list[Letter] = []  # that Redis has not taken yet, the oldest first
         self._acquitted: dict[str, None] = {}  # ids whose crashes Redis has not forgotten yet, the oldest first
+        self._is_refused = False  # it is known that Redis is not told of those
         self._again_at = 0.0  # when it is asked to take either
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -157,10 +158,15 @@ class Ledger:
                 self._answer(lambda store, task_id=task_id: store.forget_crashes(task_id))  # type: ignore[misc]
             except _PASSES as error:
                 self._again_at = time.monotonic() + AGAIN_S
-                logger.warning("Redis was not told that %s is blamed no more; it will be: %s", task_id, as_text(error))
+                if not self._is_refused:  # said once, for it is tried every second
+                    self._is_refused = True
+                    logger.warning(
+                        "Redis was not told that %s is blamed no more, it will be: %s", task_id, as_text(error)
+                    )
                 return
             except Exception as error:  # or the others would wait behind it for ever
                 logger.error("Redis goes on blaming %s: %s", task_id, as_text(error))
+            self._is_refused = False
             del self._acquitted[task_id]
 
     def _bury(self, letter: Letter, then: Then) -> None:

@@ -99,7 +99,9 @@ class Verdict:
         The others of their runs, of a message that was delivered again, have all died.
         """
         return self.poisoned | {
-            task for task, story in self.stories.items() if len(story.starts) - len(story.ends) >= MAX_CRASHES
+            task
+            for task, story in self.stories.items()
+            if story.ends and len(story.starts) - len(story.ends) >= MAX_CRASHES
         }
 
     @property
