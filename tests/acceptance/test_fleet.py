@@ -24,15 +24,18 @@ def start(environment, producer, tmp_path):
             self.cluster = RayCluster(tmp_path, **cluster)
             started.append(self.cluster)
             self.name = f"fleet@{socket.gethostname()}"
-            self.env = env = {
+            self.env = {
                 **environment,
                 "BRIDGE_RAY_ADDRESS": self.cluster.address,
                 "BRIDGE_BEAT_S": "0.2",
                 "BRIDGE_ENVIRONMENT": '["FLEET_*"]',
                 **settings,
             }
+            self.work()
+
+        def work(self):
             options = ("-c", "1", "-Q", "fleet", "-n", "fleet@%h")
-            self.worker = Worker(tmp_path, *options, app="tests.apps.fleet:app", env=env)
+            self.worker = Worker(tmp_path, *options, app="tests.apps.fleet:app", env=self.env)
 
         def send(self, task, *args):
             return producer.send_task(f"fleet.{task}", args, queue="fleet")
@@ -51,6 +54,13 @@ def start(environment, producer, tmp_path):
             answers = [result.get(**GET) for result in results]
             assert {met for _, met in answers} == {len(names)}
             return {pid for pid, _ in answers}
+
+        def demand(self):
+            """What `ray status` says, if a GPU is waited for."""
+            command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={self.cluster.address}"]
+            env = {**os.environ, "RAY_AUTH_MODE": "token"}
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env).stdout
+            return "GPU" in said.partition("Demands:")[2] and said
 
         def join(self, *options, **node):
             started.append(RayNode(tmp_path, self.cluster, *options, **node))
@@ -148,8 +158,12 @@ def test_after_a_node_has_left_no_actor_waits_for_the_gpu_of_a_surplus_one(start
     wait_for(lambda: fleet.states() == dict.fromkeys(range(3), "ready"), "the actor of the third node")
     leaves.stop()
     wait_for(lambda: fleet.states() == dict.fromkeys(range(2), "ready"), "two actors for two GPUs, and none beyond")
+    fleet.worker.kill_group()
     third.stop()
-    wait_for(lambda: fleet.states() == {0: "ready"}, "the actor that no GPU is left for to be taken back")
+    wait_for(fleet.demand, "its actor to wait for a GPU")
+    fleet.work()
+    wait_for(lambda: not fleet.demand(), "the actor that no GPU is left for, and no creator, to be taken back")
+    wait_for(lambda: fleet.states() == {0: "ready"}, "one actor for one GPU")
     fleet.stop()
 
 
@@ -158,15 +172,9 @@ def test_waiting_work_shows_in_ray_as_demand_until_it_is_done(start, tmp_path):
     (tmp_path / "met").mkdir()
     results = [fleet.send("meet", str(tmp_path / "met"), name, 3) for name in "ab"]  # a body waits for a third one
 
-    def demand():
-        command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={fleet.cluster.address}"]
-        env = {**os.environ, "RAY_AUTH_MODE": "token"}
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env).stdout
-        return "GPU" in said.partition("Demands:")[2] and said
-
-    wait_for(demand, "the pending actor in `ray status`")
+    wait_for(fleet.demand, "the pending actor in `ray status`")
     (tmp_path / "met" / "third").touch(), (tmp_path / "met" / "b").touch()
     assert all(result.get(**GET) for result in results)
     wait_for(lambda: fleet.states() == {0: "ready"}, "the pending actor to be taken back")
-    wait_for(lambda: not demand(), "the demand to be gone")
+    wait_for(lambda: not fleet.demand(), "the demand to be gone")
     fleet.stop()
