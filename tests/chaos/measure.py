@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import psutil
 
@@ -34,16 +37,39 @@ print(json.dumps({
 
 
 def processes(cluster):
-    """``{role: {"count", "MiB", "threads", "descriptors"}}``: of each role the largest."""
+    """``{role: {"count", "MiB", "threads", "descriptors", "of kind"}}``: of each role the largest.
+
+    "of kind" says what the descriptors are, of the process that has most.
+    """
     found = {}
     for role in ROLES:
-        sizes = []
+        sizes, kinds = [], Counter()
         for process in cluster.processes(role).values():
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):
                 sizes.append((process.memory_info().rss >> 20, process.num_threads(), process.num_fds()))
+                kinds = max(kinds, descriptors(process, cluster.redis.port), key=Counter.total)
         largest = [max(column) for column in zip(*sizes, strict=True)] if sizes else [0, 0, 0]
         found[role] = dict(zip(("count", "MiB", "threads", "descriptors"), [len(sizes), *largest], strict=True))
+        found[role]["of kind"] = dict(sorted(kinds.items()))
     return found
+
+
+def descriptors(process, redis_port):
+    """How many of each kind it has open: connections to Redis, other TCP, Unix sockets, eventfd, files and so on."""
+    kinds = Counter()
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(descriptor.readlink())
+            name = target.rsplit(":", 1)[-1].strip("[]") if target.startswith("anon_inode") else target.split(":")[0]
+            kinds["file" if target.startswith("/") else name] += 1
+    del kinds["socket"]
+    for each in process.net_connections("all"):
+        if each.family == socket.AF_UNIX:
+            kinds["unix"] += 1
+        else:
+            to_redis = each.raddr and each.raddr.port == redis_port
+            kinds[f"{'redis' if to_redis else 'tcp'} {each.status.lower()}"] += 1
+    return kinds
 
 
 def keys(client):
@@ -88,6 +114,7 @@ def leaks(before, after):
         }
         found += [
             f"{role}: {what} {was[what]} -> {now[what]}, allowed {bound:.0f}"
+            + (f"; of kind {was['of kind']} -> {now['of kind']}" if what == "descriptors" else "")
             for what, bound in bounds.items()
             if now[what] > bound or (what == "count" and now[what] != bound)
         ]
