@@ -29,7 +29,7 @@ LEAST_BYTES = 1 << 20
 #: An executor waits so long for the next value, in seconds, before it asks Redis itself; and how often it looks.
 PATIENCE_S, LOOK_S = 0.05, 0.0002
 #: Calls that are passed over, at most, where what was read came too late again and again: bodies are too short.
-MOST_PASSED = 31
+MOST_PASSED = 7
 _ROOMS = 2
 _WORD = struct.Struct("<q")
 #: Where the words are: for each room how many bytes are ready, and whether no more will be or are wanted; at last
