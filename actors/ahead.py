@@ -328,7 +328,7 @@ class Shelf:
         self._can_lend = False  # what goes wrong would go wrong again, each time
         if self._lent is not None:
             self._lent.disconnect()
-        self._lent = pool.make_connection()
+        self._lent = pool.connection_class(**pool.connection_kwargs)  # not of the pool, which counts
         self._lent.connect()
         sock = self._lent._sock
         if isinstance(sock, ssl.SSLSocket):

@@ -12,10 +12,10 @@ import pytest
 from celery import Celery
 
 from actors import ahead
-from actors.ahead import Reader, Shelf
+from actors.ahead import Reader, Shelf, Wanted
 from actors.arrays import ArraySpec
 from actors.contract import ActorState, FailureKind, StoreConfig
-from actors.redis_values import CHUNK_BYTES, KEY
+from actors.redis_values import CHUNK_BYTES, key_of
 from actors.stores import Stores, worth_reading_ahead
 from actors.unopened import Unopened
 from tests.integration.test_executor import LIMITS, Driver, exists, kinds, make_config, path, task, value  # noqa: F401
@@ -118,7 +118,7 @@ def reads(store):
 
 def keys_of(ref):
     name = ref.url.partition(":")[2]
-    return [f"{KEY}{name}-{number}" for number in range(math.ceil(ref.size_bytes / CHUNK_BYTES))]
+    return [key_of("", name, number) for number in range(math.ceil(ref.size_bytes / CHUNK_BYTES))]
 
 
 def is_there(store, before, count):
@@ -252,12 +252,11 @@ def test_a_connection_that_breaks_is_lent_anew(driver, store, stores, path):  # 
 
 
 @pytest.fixture
-def ends(store, stores):
-    """Both ends in this process, connected."""
+def ends(store):
+    """Both ends in this process, connected; keys begin with "shop:"."""
     reader = Reader(5.0)
     shelf = Shelf(reader.theirs.detach())
-    client = stores._in_redis()._client
-    shelf.lend(client.connection_pool, "")
+    shelf.lend(store.client.connection_pool, "shop:")
     yield reader, shelf
     reader.close()
     shelf._lent.disconnect()
@@ -265,12 +264,26 @@ def ends(store, stores):
     shelf._memory.close()
 
 
-def test_who_is_always_late_is_asked_less_and_less(store, stores, ends):
+@pytest.fixture
+def wanted(store):
+    wanted = Wanted("b" * 32, MIB)
+    store.client.set(key_of("shop:", wanted.name, 0), b"x" * MIB)
+    return wanted
+
+
+def test_keys_have_the_apps_prefix(ends, wanted):
+    reader, shelf = ends
+    reader.want("a call", [wanted])
+    wait_for(lambda: shelf._memory.ready(1) == MIB, "its data")
+    shelf.begin(reader.give("a call"))
+    assert shelf.piece(wanted.name, 0) == b"x" * MIB
+
+
+def test_who_is_always_late_is_asked_less_and_less(store, ends, wanted):
     """The executor comes before anything is ready: bodies are too short, and reading twice would only cost."""
     reader, shelf = ends
-    (wanted,) = worth_reading_ahead([stores.put(numpy.ones(MIB // 8))])
     tried = []
-    for number in range(120):
+    for number in range(40):
         store.signal(signal.SIGSTOP)
         reader.want(str(number), [wanted])
         if not reader._job.is_passed:
