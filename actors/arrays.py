@@ -216,8 +216,8 @@ class ArraySpec(NamedTuple):
         if isinstance(form, Unopened):
             return form
         if isinstance(form, Described):
-            if isinstance(form, ArrayRef) and form.once:
-                seen_once.append(form)
+            if isinstance(form, ArrayRef) and passes_on:
+                seen.append(form)
             self.check(form.dtype, form.shape)
             unopened = Unopened(self, form)
         else:
@@ -318,8 +318,8 @@ class ArraySpec(NamedTuple):
         return f"ArraySpec({self})"
 
 
-#: References whose bytes go when their task has ended, seen by validation since the last look; the driver takes them.
-seen_once: list[Any] = []
+#: References seen by validation in a process that `passes_on` since the last look; the driver takes them.
+seen: list[Any] = []
 
 
 class Array:

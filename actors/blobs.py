@@ -99,8 +99,8 @@ class BlobSpec:
         form = self._form_of(value)
         if isinstance(form, Unopened):
             return form
-        if isinstance(form, BlobRef) and form.once:
-            arrays.seen_once.append(form)
+        if isinstance(form, BlobRef) and arrays.passes_on:
+            arrays.seen.append(form)
         self._look_at(form)
         unopened = Unopened(self, form)
         return unopened if arrays.passes_on else unopened.open()

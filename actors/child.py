@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from actors import frames
+from actors.ahead import Reader
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_DEVICE_FAULTY,
@@ -65,7 +66,9 @@ class Child:
         self._offset = 0
         self._gateway = Gateway(in_ray) if in_ray is not None else None
         ours, theirs = socket.socketpair()
-        fds = [theirs.fileno(), self.journal.fd, *([self._gateway.theirs.fileno()] if self._gateway else [])]
+        self._ahead = Reader(config.stores.timeout_s)
+        gateway = [self._gateway.theirs.fileno()] if self._gateway else []
+        fds = [theirs.fileno(), self.journal.fd, self._ahead.theirs.fileno(), *gateway]
         try:
             command = [sys.executable, "-m", "actors.executor", *map(str, fds)]
             environment = {**os.environ, **dict(config.release.environment)}
@@ -74,6 +77,7 @@ class Child:
             self.process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL)
         finally:
             theirs.close()
+            self._ahead.theirs.close()
             if self._gateway is not None:
                 self._gateway.theirs.close()
         self.exit_fd = os.pidfd_open(self.process.pid)  # readable once it has ended, whoever else holds its pipe
@@ -86,7 +90,11 @@ class Child:
         """Start a call; only when the last one is done."""
         self.journal.start_call()
         self._offset = 0
-        self._send(call)
+        self._send(call._replace(ahead=self._ahead.give(call.id)))
+
+    def read_ahead(self, call: Call | None) -> None:
+        """Read what the next call's arguments refer to, if any comes, while a body runs."""
+        self._ahead.want(call.id if call else "", (each for task in call.tasks for each in task.large) if call else ())
 
     def receive(self) -> list[Any]:
         """The executor's messages that have arrived whole, outcomes among them; call it when the socket is readable.
@@ -192,6 +200,7 @@ class Child:
         """Forget the journal; after `reap` and the last `running`."""
         os.close(self.exit_fd)
         self.journal.close()
+        self._ahead.close()
         if self._gateway is not None:
             self._gateway.close()
 

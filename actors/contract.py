@@ -9,10 +9,11 @@ import signal
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
+from actors.ahead import Place, Wanted
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 10
+PROTOCOL = 11
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096
@@ -42,6 +43,7 @@ class TaskCall(NamedTuple):
     stays: bool = False  # arrays in its result may stay on the device: only GPU tasks of the app take them
     texts: tuple[Part, ...] = ()  # of arguments that stay closed, to which the payload refers
     checks: bool = False  # whether the executor checks the arguments, for it alone reads them
+    large: tuple[Wanted, ...] = ()  # in Redis, to which its arguments refer
 
     @property
     def size_bytes(self) -> int:
@@ -59,6 +61,7 @@ class Call(NamedTuple):
     estimate_s: float
     may_part: bool = False  # short tasks that share no run of a body: behind an unexpectedly slow one they come back
     waits_s: float = math.inf  # so long it expects to wait for its turn; if that proves far too short, it comes back
+    ahead: tuple[Place, ...] = ()  # what its actor has read ahead of it
 
 
 class FailureKind(StrEnum):

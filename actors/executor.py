@@ -20,6 +20,7 @@ from typing import Any
 from celery import _state as celery_state
 
 from actors import arrays, device_results, frames, residents, stores
+from actors.ahead import Shelf
 from actors.contract import (
     EXIT_NOT_STARTED,
     STEP_DEVICE,
@@ -59,11 +60,12 @@ _PR_SET_PDEATHSIG = 1
 class Executor:
     """Takes calls; one instance per process, on the main thread."""
 
-    def __init__(self, pipe: Connection, journal: Journal, config: Config) -> None:
+    def __init__(self, pipe: Connection, journal: Journal, config: Config, shelf: Shelf) -> None:
         self._pipe = pipe
         self._speaking = threading.Lock()  # a body may report progress from threads of its own
         self._journal = journal
         self._config = config
+        self._shelf = shelf
         self._runner = Runner(journal, config, lambda token, data: self._say(Asked(token, data)), self._say_broken)
         self._device: Device
         self._told_at = -math.inf  # when the device's state was last told
@@ -129,6 +131,7 @@ class Executor:
     def _run_call(self, call: Call) -> None:
         index, bell = 0, time.monotonic()
         self._runner.start_call()
+        self._shelf.begin(call.ahead)
         while index < len(call.tasks):
             for outcome in self._runner.run(call.tasks, index):
                 self._deliver(outcome)
@@ -139,6 +142,7 @@ class Executor:
             if time.monotonic() - bell > BELL_EVERY_S and index < len(call.tasks):
                 self._say(Bell())
                 bell = time.monotonic()
+        self._shelf.end()
 
     def _deliver(self, outcome: Outcome) -> None:
         data = pickle.dumps(outcome, 5)
@@ -167,7 +171,7 @@ class Executor:
             self._pipe.send_bytes(pickle.dumps(message, 5))
 
 
-def main(pipe_fd: int, journal_fd: int, gateway_fd: int | None = None) -> None:
+def main(pipe_fd: int, journal_fd: int, ahead_fd: int, gateway_fd: int | None = None) -> None:
     """Entry of the child process; the actor has passed the descriptors."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the worker to decide on
@@ -175,7 +179,8 @@ def main(pipe_fd: int, journal_fd: int, gateway_fd: int | None = None) -> None:
     config: Config = frames.receive(pipe_fd)
     in_ray = ActorStore(gateway_fd, config.stores.timeout_s)
     stores.reach_ray = lambda _app, _config: in_ray
-    executor = Executor(pipe, Journal(journal_fd), config)
+    stores.shelf = shelf = Shelf(ahead_fd)
+    executor = Executor(pipe, Journal(journal_fd), config, shelf)
     try:
         executor.start()
     except ConnectionError:  # nobody waits for it any more

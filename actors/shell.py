@@ -267,6 +267,7 @@ class ActorShell:
                     break
                 self._start_children()
                 self._start_call()
+                self._read_ahead()
                 children = list(self._children.values())
                 timeout = self._next_look()
             sources = [fd for child in children for fd in (child.socket.fileno(), child.exit_fd)]
@@ -380,6 +381,13 @@ class ActorShell:
         except OSError:  # it is dead, or will not take a call: its end is read next, and the entry goes back
             child.process.kill()
         return None
+
+    def _read_ahead(self) -> None:
+        """While one call runs, what the next one needs may be read; whatever else was is dropped."""
+        if self._active is not None:
+            child = self._active[1]
+            following = (entry.call for entry in self._queue if entry.call.release == child.release.id)
+            child.read_ahead(next(following, None))
 
     def _read(self, child: Child) -> None:
         try:

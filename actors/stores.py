@@ -7,7 +7,7 @@ its own configuration. What is written in Redis expires; so does nothing in a fi
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -17,23 +17,20 @@ import xxhash
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from actors.ahead import LEAST_BYTES, Shelf, Wanted
 from actors.arrays import ArrayRef, assembled
 from actors.blobs import BlobRef
 from actors.contract import StoreConfig
 from actors.errors import DataCorrupt, DataLost, DataRefused, StoreUnavailable
+from actors.redis_values import CHUNK_BYTES, key_of
 from actors.rooted_store import RootedStore, reason_of
 from actors.roots import RAY, is_redis, known_size, name_in
 from actors.shared_redis import shared_redis
 from actors.sizes import readable
 
-#: One value in Redis; a larger array is kept in several, for Redis serves nobody else while it sends one. redis-py's
-#: parser copies each four times in buffers of this size: with 4 MiB, or several values at once, reading costs twice.
-CHUNK_BYTES = 1 << 20
 #: Taken from Redis' socket at once, in bytes. With redis-py's own 64 KiB the parser gathers them in a buffer that grows
 #: with each, and reading 1 MiB costs five times the CPU.
 READ_BYTES = 1 << 20
-#: What keys of data begin with, after the app's own prefix.
-KEY = "bridge-data-"
 
 Ref = ArrayRef | BlobRef
 
@@ -84,6 +81,20 @@ class BriefStore(Store, Protocol):
 reach_ray: "Callable[[Any, StoreConfig], BriefStore] | None" = None
 
 
+#: What this process's actor has read ahead; only executors have one.
+shelf: Shelf | None = None
+
+
+def worth_reading_ahead(refs: Iterable[Ref]) -> tuple[Wanted, ...]:
+    """What an actor may read while its executor is busy: large data in Redis."""
+    found = []
+    for ref in refs:
+        if ref.url.startswith("redis:") and (ref.size_bytes or 0) >= LEAST_BYTES:
+            with suppress(DataRefused):  # the executor refuses it, too, and says so
+                found.append(Wanted(name_in(ref.url), ref.size_bytes or 0))
+    return tuple(found)
+
+
 class RedisStore:
     """Data in Redis, under keys of their own that expire."""
 
@@ -105,14 +116,18 @@ class RedisStore:
 
     def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """As `Store.read`."""
-        for key in self._keys(name_in(url), known_size(url, size_bytes)):
+        size, name = known_size(url, size_bytes), name_in(url)
+        for number, key in enumerate(self._keys(name, size)):
             try:
-                piece = self._ask(self._client.get, key)
+                piece = (shelf and shelf.piece(name, number)) or self._ask(self._client.get, key)
             except redis.RedisError as error:
                 raise StoreUnavailable(f"Redis did not answer: {reason_of(error)}") from error
             if piece is None:
                 raise DataLost(f"{url} is not in Redis: it has expired, was deleted, or is in another Redis")
             yield piece
+        if shelf is not None and size >= LEAST_BYTES:
+            with suppress(redis.RedisError, OSError, AttributeError):  # it is for speed alone
+                shelf.lend(self._client.connection_pool, self._prefix)
 
     def delete(self, url: str, size_bytes: int | None) -> None:
         """As `Store.delete`."""
@@ -142,7 +157,7 @@ class RedisStore:
 
     def _keys(self, name: str, size_bytes: int) -> list[str]:
         count = max(1, -(-size_bytes // CHUNK_BYTES))
-        return [f"{self._prefix}{KEY}{name}-{number}" for number in range(count)]
+        return [key_of(self._prefix, name, number) for number in range(count)]
 
 
 class Stores:

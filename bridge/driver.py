@@ -473,7 +473,7 @@ class Driver:
                 run = task.run
                 payload, texts = task.payload
                 limits = run.soft_limit_s, run.hard_limit_s
-                calls.append(TaskCall(token, run.task, payload, *limits, task.stays, texts, task.checks))
+                calls.append(TaskCall(token, run.task, payload, *limits, task.stays, texts, task.checks, task.large))
         if calls:
             is_short = start.estimate_s < self._settings.call_budget_s
             may_part = is_short and not self._rules.get(calls[0].name, ANY).together

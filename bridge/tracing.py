@@ -17,11 +17,13 @@ from billiard.einfo import ExceptionInfo
 from celery.app.trace import fast_trace_task
 
 from actors import arrays, closed
+from actors.ahead import Wanted
 from actors.arrays import ArrayRef
 from actors.bodies import has_custom_call, innermost, is_pydantic, replace_innermost, without_custom_call
 from actors.closed import Texts
 from actors.contract import Outcome, Pending, Reason
 from actors.frames import Part
+from actors.stores import worth_reading_ahead
 from actors.validation import Check, checker
 from bridge.closing import may_stay_closed
 from bridge.dead_letters import Crash
@@ -56,6 +58,7 @@ class TracedTask:
         "crashes",
         "fetches",
         "how",
+        "large",
         "losses",
         "once",
         "payload",
@@ -83,6 +86,7 @@ class TracedTask:
         self.how = Reason.CANCEL  # and in this way
         self.losses = 0
         self.once: list[ArrayRef] = []  # what is deleted when it has ended
+        self.large: tuple[Wanted, ...] = ()  # what its arguments refer to in Redis, if the actor may read it ahead
         self.plan: Plan | None = None  # where it runs, once its message has been looked at for handles
         self.refs: dict[str, ArrayRef] = {}  # arrays of other actors that were fetched for it, by id of their handles
         self.fetches = False  # arrays of other actors are under way for it: the scheduler does not know it yet
@@ -191,7 +195,7 @@ class Tracing:
             return original(*args, **kwargs)  # a hook or an error callback calls a task as a function
         tracer.forwarded = True
         task = tracer.task
-        _take_once(task)
+        _take_seen(task)
         if tracer.refusal is not None:
             raise _final(celery_task, tracer.refusal)
         request = vars(celery_task.request)
@@ -222,7 +226,7 @@ class Tracing:
             if isinstance(body, Texts):
                 stays = may_stay_closed(self._tasks[run.task])
                 body, content_type = (body.values(), None) if stays else (body.joined(), content_type)
-            arrays.seen_once.clear()  # of a task whose check has failed
+            arrays.seen.clear()  # of a task whose check has failed
             result = fast_trace_task(run.task, run.id, run.request, body, content_type, run.content_encoding)
         except greenlet.GreenletExit:
             return  # ended from outside, and answered there
@@ -232,10 +236,11 @@ class Tracing:
             self._answer(task, Done(run.serial, result))
 
 
-def _take_once(task: TracedTask) -> None:
+def _take_seen(task: TracedTask) -> None:
     """What the check has just seen is this task's; the next one, should nobody check it, would delete it."""
-    task.once = arrays.seen_once.copy()
-    arrays.seen_once.clear()
+    task.once = [ref for ref in arrays.seen if ref.once]
+    task.large = worth_reading_ahead([*arrays.seen, *task.refs.values()])
+    arrays.seen.clear()
 
 
 class _Final(BaseException):
@@ -330,7 +335,7 @@ def _checked(check: Check, run: Callable[..., Any]) -> Callable[..., Any]:
                 args, kwargs = check(args, kwargs)
             except PayloadInvalid:
                 if isinstance(tracer, _Tracer):
-                    _take_once(tracer.task)  # it has been refused what was meant for it
+                    _take_seen(tracer.task)  # it has been refused what was meant for it
                 raise
         return run(*args, **kwargs)
 

@@ -9,9 +9,12 @@ import pytest
 from billiard.exceptions import WorkerLostError
 from celery import Celery
 
+from actors import arrays
+from actors.arrays import ArrayRef
 from actors.contract import Config, Failed, FailureKind, Large, LogLine, Pending, Release, Reply, Succeeded
 from actors.wishes import Wish
 from bridge import fleet, link
+from bridge.data import Array
 from bridge.driver import Driver
 from bridge.fleet import Fleet, Replied, SlotChanged
 from bridge.marks import find_marks
@@ -48,11 +51,16 @@ def echo(value):
     return value
 
 
+def total(values: Array):
+    return float(values.sum())
+
+
 class Lab:
     def __init__(self, monkeypatch, backend="cache+memory://"):
         monkeypatch.setattr(fleet, "Fleet", SaidFleet)
         self.app = Celery("lab", broker="memory://", backend=backend, set_as_current=False)
         self.app.task(name="lab.echo", gpu=True)(echo)
+        self.app.task(name="lab.total", gpu=True)(total)
         self.app.finalize()
         marks = find_marks(self.app.tasks.values(), [])
         release = Release("r", "lab:app", "", (), "", (), tuple(marks), ())
@@ -83,11 +91,11 @@ class Lab:
         fields |= {"accelerator": "", "warm_for": (), "share": 1.0}
         return SlotChanged(0, Health(**fields), "")
 
-    def send(self, value, announced=False):
+    def send(self, value, announced=False, name="lab.echo"):
         self.serial += 1
-        request = {"id": str(self.serial), "task": "lab.echo", "delivery_info": {}, "argsrepr": "", "kwargsrepr": ""}
+        request = {"id": str(self.serial), "task": name, "delivery_info": {}, "argsrepr": "", "kwargsrepr": ""}
         body = ((value,), {}, {})
-        run = link.Run(self.serial, "lab.echo", str(self.serial), request, body, None, None, None, None, 0)
+        run = link.Run(self.serial, name, str(self.serial), request, body, None, None, None, None, 0)
         run = run._replace(announced=announced)
         self.driver._take(run)
         self.driver._turn()
@@ -371,3 +379,17 @@ def test_tasks_that_waited_are_not_refused_in_the_turn_in_which_their_actor_come
     lab.driver._turn()
     assert len(lab.fleet.calls) == 1 and lab.answers() == []
     assert "no GPU actor has it" not in caplog.text
+
+
+def test_a_call_says_what_may_be_read_ahead_of_it(lab, monkeypatch):
+    """Large data in Redis that its arguments refer to, and nothing of the task before."""
+    monkeypatch.setattr(arrays, "passes_on", True)
+    lab.ready()
+    for number, size in enumerate((1 << 20, 8)):
+        lab.send(
+            ArrayRef(url=f"redis:{number:032}", dtype="<f8", shape=(size // 8,), size_bytes=size), name="lab.total"
+        )
+        (sent,) = lab.fleet.calls[number].tasks
+        assert sent.large == (((f"{number:032}", size),) if size > 8 else ())
+        lab.event(Replied(lab.fleet.calls[number].id, Reply((succeeded(sent, 1.0),), 0.0), "", True))
+    assert not arrays.seen

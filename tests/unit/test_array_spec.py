@@ -247,10 +247,10 @@ def test_every_array_in_a_body_can_be_written_into(monkeypatch):
 def test_the_driver_passes_on(monkeypatch):
     monkeypatch.setattr(arrays, "passes_on", True)
     ref = {"kind": "ref", "url": "redis:" + "a" * 32, "dtype": "<f8", "shape": [2], "size_bytes": 16, "once": True}
-    arrays.seen_once.clear()
+    arrays.seen.clear()
     found = TypeAdapter(Annotated[Any, spec("f8", 2)]).validate_python(ref)
-    assert isinstance(found, Unopened) and isinstance(found.source, ArrayRef) and len(arrays.seen_once) == 1
-    arrays.seen_once.clear()
+    assert isinstance(found, Unopened) and isinstance(found.source, ArrayRef) and len(arrays.seen) == 1
+    arrays.seen.clear()
     assert isinstance(pickle.loads(pickle.dumps(found)).source, ArrayRef)
     with pytest.raises(Mismatch, match=r"expected float64 of shape \(3\), found float64 of shape \(2,\)"):
         spec("f8", 3).validate(ref)

@@ -127,10 +127,10 @@ def test_what_only_the_bytes_tell_is_told_when_they_are_opened(driver, monkeypat
 
 
 def test_what_is_used_once_is_noted(driver):
-    arrays.seen_once.clear()
+    arrays.seen.clear()
     PDF.validate_python({**REF, "once": True})
-    assert [ref.url for ref in arrays.seen_once] == [REF["url"]]
-    arrays.seen_once.clear()
+    assert [ref.url for ref in arrays.seen] == [REF["url"]]
+    arrays.seen.clear()
 
 
 def test_models_hold_files(driver):
