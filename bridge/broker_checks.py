@@ -1,5 +1,6 @@
 """What the doctor asks broker and result backend: whether they let us in, take writes, and keep what they have."""
 
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,9 @@ from bridge.worker import advice_on, ping_backend, ping_broker
 OLDEST = (6, 2)
 #: A trial write goes away by itself after this, in seconds.
 WRITE_S = 10
+#: Clocks of hosts may differ so much, in seconds: `countdown`, `eta` and `expires` are dates.
+APART_S = 5
+_SET_CLOCKS = "have all hosts set their clocks by NTP, those of producers, too"
 _MANAGE = "ask whoever runs this Redis"
 
 
@@ -75,6 +79,7 @@ def _redis(about: str, client: Any, key: Any) -> Iterator[Finding]:
     version = str(info.get("redis_version", "0"))
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
         yield warn(about, f"Redis {version} is old: the tests run with 6.2 and newer", "use a newer Redis")
+    yield from _clock(about, info)
     yield from _memory(about, info, version)
     yield from _persistence(about, client, info)
 
@@ -102,6 +107,14 @@ def _about_writes(text: str) -> str:
     if "MISCONF" in text:
         return "it cannot save to its disk: make room there"
     return _MANAGE
+
+
+def _clock(about: str, info: dict[str, Any]) -> Iterator[Finding]:
+    """The producers' clocks cannot be asked; Redis' can, and whichever is wrong, one of the two is."""
+    ahead_s = info.get("server_time_usec", time.time() * 1e6) / 1e6 - time.time()
+    if abs(ahead_s) > APART_S:
+        text = f"its clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this host's"
+        yield warn(about, f"{text}: tasks with countdown, eta or expires may start or expire wrongly", _SET_CLOCKS)
 
 
 def _memory(about: str, info: dict[str, Any], version: str) -> Iterator[Finding]:

@@ -103,6 +103,7 @@ def test_careless_settings_of_app_and_redis(environment, tmp_path):
         assert "visibility_timeout is 2 s" in text_of(found, "WARN", "limits")
         assert "careless.early: no time limit" in text_of(found, "WARN", "limits")
         assert "worker_prefetch_multiplier = 4" in text_of(found, "WARN", "prefetch")
+        assert "clock" not in text_of(found, "WARN", "broker")
         odd = text_of(found, "WARN", "marks")
         for words in (
             "careless.kept: gpu=False",
@@ -117,8 +118,11 @@ def test_careless_settings_of_app_and_redis(environment, tmp_path):
 
         server.client.config_set("maxmemory-policy", "noeviction")
         server.client.config_set("maxmemory", 1)
-        _, found, _ = doctor("-A", "tests.apps.careless:app", env=env)
+        (tmp_path / "clock").write_text("-100")
+        wrong = {"PYTHONPATH": str(ROOT / "tests/support/jumping"), "TESTS_CLOCK": str(tmp_path / "clock")}
+        _, found, _ = doctor("-A", "tests.apps.careless:app", env={**env, **wrong})
         assert "takes no writes" in text_of(found, "FAIL", "result backend")
+        assert "its clock is 100 s ahead of this host's" in text_of(found, "WARN", "broker")
     finally:
         server.client.close()
         server.kill_group()

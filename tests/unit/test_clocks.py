@@ -9,6 +9,7 @@ ALLOWED = {
     "actors/opening.py": "when a result that stays expires, for who has its handle",
     "actors/stores.py": "when data by reference expire, for people",
     "bridge/blame.py": "when an executor died, for people",
+    "bridge/broker_checks.py": "whether it is that of Redis",
     "bridge/consumer.py": "whether `expires`, a date the producer has written, has passed",
     "bridge/dead_letters.py": "when a task was poisoned, for people",
     "bridge/redis_clock.py": "what Redis' clock may say, until it is asked",
