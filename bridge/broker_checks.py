@@ -76,6 +76,9 @@ def _redis(about: str, client: Any, key: Any) -> Iterator[Finding]:
     except RedisError as error:
         yield warn(about, f"it does not tell about itself: {clean(as_text(error, 160))}", "allow INFO to its user")
         return
+    if info.get("redis_mode") == "cluster":
+        text = "it is a Redis Cluster: Celery neither finds the node of a key nor keeps the keys of a command on one"
+        yield fail(about, text, "use one Redis, with replicas behind sentinel:// URLs if it must be highly available")
     version = str(info.get("redis_version", "0"))
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
         yield warn(about, f"Redis {version} is old: the tests run with 6.2 and newer", "use a newer Redis")

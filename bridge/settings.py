@@ -182,6 +182,19 @@ class Settings(BaseSettings):
     reply_after_s: float = Field(0.02, gt=0, description="a call answers after this as soon as any task of it has news")
     collect_wait_s: float = Field(1.0, gt=0, description="a call without news is asked again this often")
 
+    @field_validator("ray_address")
+    @classmethod
+    def _is_a_head(cls, address: str | None) -> str | None:
+        if address in (None, "", "auto"):  # "auto" is Ray's word for the default
+            return None
+        host, _, port = address.rpartition(":")
+        if "://" in address or not host or not _is_port(port):
+            raise ValueError(
+                "write host:port of the head, as `ray start --head` prints it; Ray Client (ray://) is not needed, "
+                "for a worker joins the cluster itself"
+            )
+        return address
+
     @field_validator("health_address")
     @classmethod
     def _is_a_place(cls, address: str | None) -> str | None:
@@ -239,9 +252,13 @@ def _root(url: str) -> str:
 
 def _place(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+    if not _is_port(port):
         raise ValueError("write host:port, such as 127.0.0.1:8080, 0.0.0.0:8080 or [::1]:8080, or the port alone")
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 65536
 
 
 @cache
@@ -254,7 +271,7 @@ def settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problems = [_problem(e["loc"], e["msg"]) for e in error.errors()]
+        problems = [_problem(e["loc"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
         raise ConfigurationInvalid("; ".join(problems)) from error
     except Exception as error:  # pydantic-settings: a JSON value that cannot be parsed
         name = str(error).partition('"')[2].partition('"')[0]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.services import ROOT, RayCluster, RayNode, RedisServer
+from tests.support.services import ROOT, RayCluster, RayNode, RedisServer, free_port
 
 NOWHERE = {"BRIDGE_RAY_ADDRESS": "127.0.0.1:1", "BRIDGE_CONNECT_WAIT_S": "0.2"}
 
@@ -87,6 +87,9 @@ def test_wrong_password_no_cluster_and_a_variable_that_breaks_tasks(environment,
 
 def test_careless_settings_of_app_and_redis(environment, tmp_path):
     server = RedisServer(tmp_path)
+    (tmp_path / "other").mkdir()
+    port = next(port for port in iter(free_port, None) if port + 10_000 < 65_536)  # where its nodes would talk
+    clustered = RedisServer(tmp_path / "other", port=port, options=["cluster-enabled yes"])
     try:
         server.client.config_set("maxmemory-policy", "allkeys-lru")
         server.client.config_set("maxmemory", 100_000_000)
@@ -120,12 +123,17 @@ def test_careless_settings_of_app_and_redis(environment, tmp_path):
         server.client.config_set("maxmemory", 1)
         (tmp_path / "clock").write_text("-100")
         wrong = {"PYTHONPATH": str(ROOT / "tests/support/jumping"), "TESTS_CLOCK": str(tmp_path / "clock")}
-        _, found, _ = doctor("-A", "tests.apps.careless:app", env={**env, **wrong})
-        assert "takes no writes" in text_of(found, "FAIL", "result backend")
+        _, found, _ = doctor(
+            "-A", "tests.apps.careless:app", env={**env, **wrong, "CELERY_RESULT_BACKEND": clustered.url}
+        )
+        assert "takes no writes: OutOfMemoryError" in text_of(found, "FAIL", "broker")
+        assert "takes no writes: ClusterDownError" in text_of(found, "FAIL", "result backend")
+        assert "is a Redis Cluster" in text_of(found, "FAIL", "result backend")
         assert "its clock is 100 s ahead of this host's" in text_of(found, "WARN", "broker")
     finally:
-        server.client.close()
-        server.kill_group()
+        for each in (server, clustered):
+            each.client.close()
+            each.kill_group()
 
 
 @pytest.mark.parametrize(

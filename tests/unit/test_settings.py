@@ -56,6 +56,12 @@ def test_each_type_is_read(environment):
     assert (found.ray_address, found.call_budget_s) == ("10.0.0.1:6379", 0.01)
 
 
+@pytest.mark.parametrize("word", ["auto", ""])
+def test_words_for_the_cluster_of_this_host(environment, word):
+    environment(BRIDGE_RAY_ADDRESS=word)
+    assert settings().ray_address is None
+
+
 def test_they_are_read_once(environment):
     first = settings()
     environment(BRIDGE_GPU_SLOTS="9")
@@ -82,6 +88,10 @@ def test_nobody_changes_them():
         ("BRIDGE_GPU_TASKS", "['shop']", "JSON"),
         ("BRIDGE_GPU_TASKS", "", "JSON"),
         ("BRIDGE_VALIDATE_CONFIGURED", "perhaps", "boolean"),
+        ("BRIDGE_RAY_ADDRESS", "ray://head:10001", "host:port"),
+        ("BRIDGE_RAY_ADDRESS", "local", "host:port"),
+        ("BRIDGE_RAY_ADDRESS", "6379", "host:port"),
+        ("BRIDGE_RAY_ADDRESS", "head:70000", "host:port"),
     ],
 )
 def test_a_value_that_means_nothing_is_named(environment, name, value, says):
@@ -137,7 +147,7 @@ def test_a_store_for_large_data(url):
 def test_a_store_that_means_nothing(environment, url):
     environment(BRIDGE_DATA_URL=url)
     with pytest.raises(
-        ConfigurationInvalid, match=r"BRIDGE_DATA_URL: Value error, (write a root|web servers)"
+        ConfigurationInvalid, match=r"BRIDGE_DATA_URL: (write a root|web servers)"
     ) as caught:
         settings()
     assert "geheim" not in str(caught.value)
