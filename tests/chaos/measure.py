@@ -62,8 +62,8 @@ def descriptors(process, redis_port):
             target = str(descriptor.readlink())
             name = target.rsplit(":", 1)[-1].strip("[]") if target.startswith("anon_inode") else target.split(":")[0]
             kinds["file" if target.startswith("/") else name] += 1
-    del kinds["socket"]
     for each in process.net_connections("all"):
+        kinds["socket"] -= 1  # what stays is closed by its other end and known to no table
         if each.family == socket.AF_UNIX:
             kinds["unix"] += 1
         else:
