@@ -6,7 +6,7 @@ that is not Celery's own Redis backend writing plain JSON, go Celery's way, whic
 not do here. No result is held back beyond the turn, unless Redis is away or takes no writes: then all of them wait,
 without holding the loop, and it is asked again with growing pauses. A task acknowledged late waits until its result is
 stored or the worker ends, and its message then goes back to the broker; an early one as long as Celery's retry policy
-of the backend says. A large result that alone is refused becomes a failure that says so.
+of the backend says. So do words to chords. A large result that alone is refused becomes a failure that says so.
 """
 
 import copy
@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 import greenlet
 import redis
 from celery import states
-from celery.backends.redis import RedisBackend
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ResponseError
 
+from bridge.backends import can_be_grouped, expiry, patience
 from bridge.errors import ResultRefused, as_text
 from bridge.tracing import SLOW_S, TracedTask, Tracing
 from bridge.trouble import Trouble, is_refusal, read_refusal
@@ -43,9 +43,6 @@ MOST_CUTS = 3
 REFUSED_PAUSE_S = 60.0
 #: States in which the tracer stores a task's outcome.
 _OUTCOMES = frozenset({states.SUCCESS, states.FAILURE, states.RETRY})
-#: What of Celery's backend is done here, and must therefore be its own.
-_DONE_HERE = ("_store_result", "_get_task_meta_for", "_set_with_state", "set", "_set", "get", "decode_result", "decode")
-
 # For each key: 1 when it is stored and published, 0 when a SUCCESS is there, -1 when Celery has to do it, else why not.
 _STORE = """
 local largest, answers = tonumber(ARGV[1]), {}
@@ -73,12 +70,20 @@ return answers
 """
 
 
-class _Result:
+class _Part:
+    """A task whose tracer tells its chord that it has ended."""
+
+    def __init__(self, task: TracedTask, state: str, patience_s: float) -> None:
+        self.task, self.state = task, state
+        self.waits_until = time.monotonic() + patience_s  # for a Redis that does not store
+
+
+class _Result(_Part):
     """A result whose tracer waits for it to be stored."""
 
     def __init__(self, task: TracedTask, key: bytes, value: str, state: str, expires: int, patience_s: float) -> None:
-        self.task, self.key, self.value, self.state, self.expires = task, key, value, state, expires
-        self.waits_until = time.monotonic() + patience_s  # for a Redis that does not store
+        super().__init__(task, state, patience_s)
+        self.key, self.value, self.expires = key, value, expires
         self.cuts = 0  # connections that ended over it while Redis was there
 
 
@@ -88,7 +93,12 @@ class _Place:
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self.results: list[_Result] = []
+        self.parts: list[_Part] = []  # whose chords could not be told
         self.trouble = Trouble()
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self.results or self.parts)
 
 
 class GroupedResults:
@@ -118,6 +128,7 @@ class GroupedResults:
             if id(backend) not in self._places and can_be_grouped(backend):
                 self._places[id(backend)] = place = _Place(backend)
                 backend._store_result = self._grouped(place, backend._store_result)
+                backend.on_chord_part_return = self._patient(place, backend.on_chord_part_return)
 
     def warm_up(self) -> None:
         """Connect, and give Redis the script in the background, as it may not answer: the first task need not."""
@@ -131,7 +142,7 @@ class GroupedResults:
     @property
     def are_waiting(self) -> bool:
         """Whether `flush` has something to do, now or later."""
-        return any(place.results for place in self._places.values())
+        return any(place.is_waiting for place in self._places.values())
 
     @property
     def trouble(self) -> str:
@@ -140,7 +151,7 @@ class GroupedResults:
 
     def due_in_s(self) -> float:
         """Seconds until `flush` has something to do; infinite when nothing waits."""
-        return min((place.trouble.due_in_s for place in self._places.values() if place.results), default=math.inf)
+        return min((place.trouble.due_in_s for place in self._places.values() if place.is_waiting), default=math.inf)
 
     def end(self) -> None:
         """The worker ends: from now on nothing waits for longer than Celery's retry policy says."""
@@ -151,8 +162,12 @@ class GroupedResults:
     def flush(self) -> None:
         """Store what waits and let each tracer go on, unless Redis did not store a moment ago."""
         for place in self._places.values():
-            if not place.results or place.trouble.due_in_s:
+            if not place.is_waiting or place.trouble.due_in_s:
                 continue
+            if place.parts and self._is_there(place):
+                parts, place.parts[:] = place.parts[:], []
+                for part in parts:
+                    self._tracing.go_on(part.task, None)
             waiting, place.results[:] = place.results[:], []
             for group in groups(waiting):
                 started = time.monotonic()
@@ -174,7 +189,15 @@ class GroupedResults:
         else:
             self._tracing.go_on(result.task, answer)
 
-    def _may_wait(self, place: _Place, result: _Result, error: Exception) -> bool:
+    def _is_there(self, place: _Place) -> bool:
+        """Asked once, so that not each part has to find out."""
+        error = _ping(place.backend)
+        if error is not None and not self._ends:
+            place.trouble.begin(error)
+            return False
+        return True
+
+    def _may_wait(self, place: _Place, result: _Part, error: Exception) -> bool:
         """Redis does not store now, and its body has done its work: whether there is time, for it may do so later."""
         if not self._is_trouble(place, error):
             return False
@@ -184,7 +207,7 @@ class GroupedResults:
         place.trouble.begin(error)
         return True
 
-    def _holds_message(self, result: _Result) -> bool:
+    def _holds_message(self, result: _Part) -> bool:
         """Whether the task's message is still unacknowledged, and nothing but this result says that it has run."""
         return result.state != states.RETRY and self._tracing.is_late(result.task)
 
@@ -198,7 +221,7 @@ class GroupedResults:
         if len(result.value) <= LARGEST_BYTES or result.state == states.RETRY:
             return False
         if not is_refusal(error):
-            if len(result.value) > MOST_BYTES and _answers(place.backend):
+            if len(result.value) > MOST_BYTES and _ping(place.backend) is None:
                 result.cuts += 1
             if result.cuts < MOST_CUTS:
                 return False
@@ -247,11 +270,38 @@ class GroupedResults:
         try:
             return store()
         except Exception as error:
-            if state in _OUTCOMES or not is_refusal(error) or not self._tracing.traces(task_id):
+            if state in _OUTCOMES or not is_refusal(error) or not self._tracing.running(task_id):
                 raise
             place.trouble.begin(error)
             logger.info("%s of %s is not stored: %r", state, task_id, error)
             return result
+
+    def _patient(self, place: _Place, part: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in the place of a backend's `on_chord_part_return`; `part` is Celery's.
+
+        Redis counts a part once, however often it is told; Celery would make a failure of what Redis did not hear.
+        """
+
+        @wraps(part)
+        def tell(request: Any, state: str, result: Any, *args: Any, **kwargs: Any) -> Any:
+            task, told = self._tracing.running(request.id), None
+            while True:
+                try:
+                    answer = part(request, state, result, *args, **kwargs)
+                    if told:
+                        place.trouble.end()
+                    return answer
+                except Exception as error:
+                    if task is None or not self._is_trouble(place, error):
+                        raise
+                    told = told or _Part(task, state, patience(place.backend.retry_policy))
+                    if not self._may_wait(place, told, error):
+                        if self._holds_message(told):
+                            self._leave(task, error)
+                        raise
+                self._wait_with(place.parts, told)
+
+        return tell
 
     def _store(self, place: _Place, result: _Result, by_celery: Callable[[], Any]) -> None:
         """Called in a tracer: return when the result is stored.
@@ -294,15 +344,19 @@ class GroupedResults:
 
     def _wait(self, place: _Place, result: _Result) -> bool:
         """Give the loop back until the turn's results are stored; False if Celery has to store this one."""
-        place.results.append(result)
-        try:
-            answer = self._tracing.wait()
-        finally:
-            if result in place.results:  # the task is ended from outside meanwhile
-                place.results.remove(result)
+        answer = self._wait_with(place.results, result)
         if isinstance(answer, Exception):
             raise answer
         return bool(answer >= 0)
+
+    def _wait_with(self, others: list[Any], each: _Part) -> Any:
+        """Called in a tracer: what `flush` answers."""
+        others.append(each)
+        try:
+            return self._tracing.wait()
+        finally:
+            if each in others:  # the task is ended from outside meanwhile
+                others.remove(each)
 
     def _ask(self, backend: Any, group: list[_Result]) -> list[int | Exception]:
         """One question; an answer or an error for each result."""
@@ -331,39 +385,12 @@ def _error_of(answer: bytes | str) -> int | Exception:
     return error if is_refusal(error) else -1
 
 
-def _answers(backend: Any) -> bool:
+def _ping(backend: Any) -> Exception | None:
     try:
-        return bool(backend.client.ping())
-    except Exception:
-        return False
-
-
-def can_be_grouped(backend: Any) -> bool:
-    """Whether a backend is Celery's own for Redis, in what is done here, and writes JSON that Redis can read."""
-    return (
-        isinstance(backend, RedisBackend)
-        and all(getattr(type(backend), name) is getattr(RedisBackend, name) for name in _DONE_HERE)
-        and not vars(backend).keys() & set(_DONE_HERE)
-        and backend.serializer == "json"
-        and not backend.compression
-    )
-
-
-def patience(policy: dict[str, Any]) -> float:
-    """Seconds for which a retry policy of Celery goes on."""
-    tries = policy.get("max_retries")
-    if tries is None:
-        pauses = math.inf
-    else:
-        first, step, longest = (policy.get(f"interval_{name}", 1.0) for name in ("start", "step", "max"))
-        pauses = sum(min(first + step * n, longest) for n in range(tries))
-    return float(min(pauses, policy.get("timeout") or math.inf))
-
-
-def expiry(backend: Any, state: str) -> int:
-    """Seconds until a result of that state expires; 0 for never."""
-    expires = backend.failure_expires if state == states.FAILURE else backend.expires
-    return int((backend.expires if expires is None else expires) or 0)
+        backend.client.ping()
+    except Exception as error:
+        return error
+    return None
 
 
 def groups(results: list[_Result]) -> Iterable[list[_Result]]:

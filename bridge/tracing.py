@@ -147,10 +147,10 @@ class Tracing:
         """The outcome could not be stored as it was: the tracer, running now, will store an error in its place."""
         task.tracer.has_outcome = True  # type: ignore[union-attr]
 
-    def traces(self, task_id: str) -> bool:
-        """Whether it is this task's tracer that runs now."""
+    def running(self, task_id: str) -> TracedTask | None:
+        """The task, if it is its tracer that runs now."""
         tracer = greenlet.getcurrent()
-        return isinstance(tracer, _Tracer) and tracer.task.run.id == task_id
+        return tracer.task if isinstance(tracer, _Tracer) and tracer.task.run.id == task_id else None
 
     def is_late(self, task: TracedTask) -> bool:
         """Whether the task's message is acknowledged when it has ended."""

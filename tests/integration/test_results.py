@@ -8,17 +8,19 @@ from types import SimpleNamespace
 import greenlet
 import pytest
 import redis
-from celery import Celery, signals, states
+from celery import Celery, group, signals, states
+from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 
 from actors.contract import Pending, Reply
 from actors.wishes import Wish
-from bridge import link, results, trouble
+from bridge import backends, link, results, trouble
+from bridge.backends import can_be_grouped, expiry
 from bridge.errors import ResultRefused
 from bridge.fleet import Replied
-from bridge.results import GroupedResults, can_be_grouped, expiry
+from bridge.results import GroupedResults
 from bridge.settings import settings
 from tests.integration.test_driver import Lab, shared_call, succeeded
 from tests.support.services import RedisServer, wait_for
@@ -61,8 +63,8 @@ class Turns:
     def has_another_outcome(self, task):
         self.another.append(task.run.id)
 
-    def traces(self, task_id):
-        return greenlet.getcurrent() is not self.loop
+    def running(self, task_id):
+        return getattr(greenlet.getcurrent(), "task", None)
 
     def is_late(self, task):
         return self.late
@@ -76,9 +78,15 @@ class Turns:
     # what a test does
 
     def store(self, task_id, value, state=states.SUCCESS, **kwargs):
+        return self._trace(task_id, lambda: self.backend.store_result(task_id, value, state, **kwargs))
+
+    def tell_chord(self, request):
+        return self._trace(request.id, lambda: self.backend.mark_as_done(request.id, 1, request, store_result=False))
+
+    def _trace(self, task_id, ends):
         def run():
             try:
-                self.backend.store_result(task_id, value, state, **kwargs)
+                ends()
                 self.ended.append(task_id)
             except Exception as error:
                 self.errors[task_id] = error
@@ -348,6 +356,81 @@ def test_when_the_worker_ends_what_is_not_stored_goes_back_without_an_outcome(ow
     assert one.state("a") == "PENDING"
 
 
+@pytest.fixture
+def parts(own):
+    """``parts(one)``: requests of both tasks of a chord's header, and how many bodies have been sent."""
+
+    def send(one):
+        body = one.app.signature("results.body")
+        header = group([one.task.s(), one.task.s()], app=one.app).freeze()
+        one.backend.set_chord_size(header.id, 2)
+        requests = [
+            Context(id=each.id, group=header.id, group_index=index, chord=body) for index, each in enumerate(header)
+        ]
+        queue = one.app.connection_for_read().SimpleQueue(f"parts-{header.id}")
+        body.set(queue=f"parts-{header.id}")
+        return requests, queue.qsize
+
+    return send
+
+
+def refuse_words_to_chords(server):
+    server.client.execute_command("ACL", "SETUSER", "default", "resetkeys", "~celery-task-meta-*")
+
+
+def hear_words_to_chords(server):
+    server.client.execute_command("ACL", "SETUSER", "default", "allkeys")
+
+
+def test_a_chord_hears_of_its_parts_when_redis_takes_words_again(own, parts, caplog):
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    (first, second), bodies = parts(one)
+    one.tell_chord(first)
+    assert one.ended == [first.id] and not one.grouped.are_waiting
+    refuse_words_to_chords(own)
+    one.tell_chord(second)
+    for _ in range(3):
+        flush_until(one, lambda: one.grouped.due_in_s() > 0, "Redis to refuse")
+        wait_for(lambda: one.grouped.due_in_s() == 0, "the pause to be over", every_s=0.005)
+    assert one.errors == {} and one.ended == [first.id] and bodies() == 0
+    hear_words_to_chords(own)
+    flush_until(one, lambda: len(one.ended) == 2, "the chord to be told")
+    assert bodies() == 1 and one.errors == {} and not one.grouped.are_waiting
+    assert caplog.text.count("the result backend refuses results") == 1 and one.grouped.trouble == ""
+
+
+def test_a_chord_hears_of_its_parts_from_a_redis_that_was_away(own, parts, tmp_path):
+    own.client.config_set("appendonly", "yes")
+    wait_for(lambda: not own.client.info("persistence")["aof_rewrite_in_progress"], "what is there to be kept")
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    (first, second), bodies = parts(one)
+    one.tell_chord(first)
+    own.kill_group()
+    one.tell_chord(second)
+    one.grouped.flush()
+    assert one.grouped.are_waiting and one.errors == {}
+    again = RedisServer(tmp_path, port=own.port, options=["appendonly yes"])
+    try:
+        flush_until(one, lambda: len(one.ended) == 2, "the chord to be told")
+        assert bodies() == 1
+    finally:
+        again.client.close()
+        again.kill_group()
+
+
+def test_a_part_whose_chord_cannot_be_told_before_the_worker_ends_goes_back(own, parts):
+    one, early = Turns(own.url, is_late=True, **AT_ONCE), Turns(own.url, **AT_ONCE)
+    (first, _), _ = parts(one)
+    refuse_words_to_chords(own)
+    one.tell_chord(first)
+    assert one.grouped.are_waiting
+    one.grouped.end()
+    one.grouped.flush()
+    assert trouble.is_refusal(one.given_back[first.id]) and (one.ended, one.errors) == ([], {})
+    early.tell_chord(first)
+    assert trouble.is_refusal(early.errors[first.id]), "an early task's message is gone, so Celery says what it says"
+
+
 def test_a_user_who_may_not_write_here_is_refused_without_an_end_too(own):
     own.client.execute_command("ACL", "SETUSER", "reader", "on", "nopass", "~*", "&*", "+@all", "-setex")
     one = Turns(own.url.replace("redis://", "redis://reader:x@"), is_late=True, **AT_ONCE)
@@ -482,7 +565,7 @@ def test_results_wait_for_a_redis_that_is_away_and_nothing_else_does(tmp_path, m
     ],
 )
 def test_as_long_as_celerys_policy_says(policy, seconds):
-    assert results.patience(policy) == seconds
+    assert backends.patience(policy) == seconds
 
 
 def test_redis_away_is_the_error_celery_would_raise_in_each_task(tmp_path):

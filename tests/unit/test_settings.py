@@ -146,9 +146,7 @@ def test_a_store_for_large_data(url):
 )
 def test_a_store_that_means_nothing(environment, url):
     environment(BRIDGE_DATA_URL=url)
-    with pytest.raises(
-        ConfigurationInvalid, match=r"BRIDGE_DATA_URL: (write a root|web servers)"
-    ) as caught:
+    with pytest.raises(ConfigurationInvalid, match=r"BRIDGE_DATA_URL: (write a root|web servers)") as caught:
         settings()
     assert "geheim" not in str(caught.value)
 
