@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -9,9 +10,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from celery import Celery
+from celery import Celery, chain, chord, signature
 
 from tests.chaos import measure, plan
 from tests.chaos.cluster import Cluster
@@ -92,13 +94,22 @@ class Run:
 
     def _warm_up(self):
         self.cluster.wait_until_whole(self.app, WHOLE_S)
-        sent = [
-            self.app.send_task(f"chaos.{kind}", [f"warm-up-{n}"])
-            for n in range(WARM_UP)
-            for kind in ("noop_late", "batch_late", "large", "cpu")
-        ]
-        for each in sent:
+        # Drivers are forks: one that starts later holds copies of what its worker has opened since.
+        for pid in self.cluster.find("driver").values():
+            os.kill(pid, signal.SIGKILL)
+        for worker in self.cluster.workers.values():
+            worker.says("the GPU driver ended", WHOLE_S)
+        self.cluster.wait_until_whole(self.app, WHOLE_S)
+        for each in [sent for n in range(WARM_UP) for sent in self._one_of_each(f"warm-up-{n}")]:
             each.get(timeout=60)
+
+    def _one_of_each(self, name):
+        """Also what sends further messages, for which driver and children connect to the broker."""
+        send, part = self.app.send_task, partial(signature, app=self.app)
+        yield from (send(f"chaos.{kind}", [name]) for kind in ("noop_late", "batch_late", "large", "cpu"))
+        yield send("chaos.retry_late", [name, 1])
+        yield chain(part("chaos.add", [0, name, 1]), part("chaos.cpu_add", [name, 1]), app=self.app).apply_async()
+        yield chord([part("chaos.add", [0, name, n]) for n in (1, 2)], app=self.app)(part("chaos.total", [name]))
 
     def _measure(self):
         return {

@@ -91,9 +91,9 @@ class Lab:
         fields |= {"accelerator": "", "warm_for": (), "share": 1.0}
         return SlotChanged(0, Health(**fields), "")
 
-    def send(self, value, announced=False, name="lab.echo"):
+    def send(self, value, announced=False, name="lab.echo", **more):
         self.serial += 1
-        request = {"id": str(self.serial), "task": name, "delivery_info": {}, "argsrepr": "", "kwargsrepr": ""}
+        request = {"id": str(self.serial), "task": name, "delivery_info": {}, "argsrepr": "", "kwargsrepr": "", **more}
         body = ((value,), {}, {})
         run = link.Run(self.serial, name, str(self.serial), request, body, None, None, None, None, 0)
         run = run._replace(announced=announced)

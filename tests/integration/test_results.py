@@ -773,6 +773,26 @@ def test_states_before_the_outcome_are_stored_at_once(lab):
     assert turn(lab) == [2] and state(lab, 2) == "SUCCESS"
 
 
+def test_a_tracer_waits_until_its_chord_can_be_told(own, monkeypatch):
+    monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
+    settings.cache_clear()
+    lab = Lab(monkeypatch, own.url)
+    lab.ready()
+    lab.app.backend.set_chord_size("header", 1)
+    queue = lab.app.connection_for_read().SimpleQueue("a-tracer-waits")
+    body = lab.app.signature("lab.body", queue="a-tracer-waits")
+    lab.send(1, chord=body, group="header", group_index=0)
+    call = lab.fleet.calls.pop()
+    refuse_words_to_chords(own)
+    lab.event(Replied(call.id, Reply((succeeded(call.tasks[0], 1),), 0.0), ""))
+    assert turn(lab) == [] and state(lab, 1) == "SUCCESS" and lab.driver._results.are_waiting
+    hear_words_to_chords(own)
+    wait_for(lambda: turn(lab) == [1], "the chord to be told", every_s=0.005)
+    assert queue.qsize() == 1 and state(lab, 1) == "SUCCESS"
+    lab.app.backend.client.close()
+    settings.cache_clear()
+
+
 @pytest.mark.filterwarnings("ignore:Exception raised outside body:RuntimeWarning")
 def test_a_backend_that_is_away_costs_each_task_its_result_and_not_the_driver(monkeypatch, tmp_path):
     monkeypatch.setenv("BRIDGE_CALL_GAP_S", "0")
