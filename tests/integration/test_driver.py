@@ -290,7 +290,7 @@ def test_a_late_task_that_came_back_from_its_actor_is_given_back(lab):
     lab.driver._turn()
     lab.driver._flush()
     assert [type(message) for message in lab.link.receive()] == [link.Flushed]
-    assert not lab.driver._tasks
+    assert not lab.driver._tasks.by_serial
 
 
 # ---- memory
@@ -357,8 +357,13 @@ def test_an_actor_whose_reply_was_lost_is_told_to_forget_the_call(lab):
     assert lab.fleet.forgotten == [call.id]
 
 
-def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab, monkeypatch):
-    monkeypatch.setattr(lab.driver, "_settings", lab.driver._settings.model_copy(update={"cluster_wait_s": 1e-6}))
+def waits_for(lab, cluster_wait_s):
+    waiting = lab.driver._waiting
+    waiting._settings = waiting._settings.model_copy(update={"cluster_wait_s": cluster_wait_s})
+
+
+def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab):
+    waits_for(lab, 1e-6)
     serial = lab.send(1)
     lab.link.send(link.Withdraw(serial))
     lab.link.flush()
@@ -370,8 +375,8 @@ def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab, 
 
 
 def test_tasks_that_waited_are_not_refused_in_the_turn_in_which_their_actor_comes(lab, monkeypatch, caplog):
-    monkeypatch.setattr("bridge.driver.GROW_AFTER_S", 0.0)
-    lab.driver._settings = lab.driver._settings.model_copy(update={"cluster_wait_s": 0.0})
+    monkeypatch.setattr("bridge.waiting.GROW_AFTER_S", 0.0)
+    waits_for(lab, 0.0)
     lab.send("waits")
     lab.driver._notify(lab.is_ready())
     lab.driver._handle_inbox()
