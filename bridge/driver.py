@@ -175,7 +175,7 @@ class Driver:
                         self._take(message)
                     except Exception as error:  # one odd request must cost only itself
                         logger.exception("a request could not be taken")
-                        self._tasks.by_serial.pop(serial, None)
+                        self._tasks.forget(serial)
                         self._send(messages.Ended(serial, einfo(error)))
                 case messages.Cancel(serial, signum):
                     if serial in self._tasks.by_serial:

@@ -45,6 +45,12 @@ class TasksInHand:
         self.by_serial[run.serial] = self.by_token[task.token] = task
         return task
 
+    def forget(self, serial: int) -> None:
+        """A request could not become a task, and is answered as it is."""
+        task = self.by_serial.pop(serial, None)
+        if task is not None:
+            self.by_token.pop(task.token, None)
+
     def renew(self, task: TracedTask) -> None:
         """It is to run again: a new token, so that nothing late ever touches it; it counts as started no more."""
         self.by_token.pop(task.token, None)

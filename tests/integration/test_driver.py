@@ -192,6 +192,7 @@ def test_a_request_that_cannot_be_taken_costs_only_itself(lab):
     lab.driver._read_link()
     lab.driver._turn()
     assert [type(answer) for answer in lab.answers()] == [link.Ended]
+    assert lab.driver._tasks.by_serial == lab.driver._tasks.by_token == {}, "nothing of it stays"
     lab.send("fine")
     assert len(lab.fleet.calls) == 1
 
