@@ -142,6 +142,7 @@ def test_only_what_is_owed_is_collected_and_a_late_loss_of_the_rest_is_taken_qui
     assert [task.token for task in lab.fleet.collected[-1].tasks] == [two.token, three.token]
     lost = tuple(Failed(task.token, FailureKind.LOST, "LOST", "the actor was restarted") for task in call.tasks)
     lab.event(Replied(call.id, Reply(lost, 0.0), ""))
+    assert len(lab.fleet.calls) == 1, "its actor gets nothing more before it is heard of"
     lab.ready()
     again = lab.fleet.calls[-1]
     assert [task.payload for task in again.tasks] == [two.payload, three.payload], (

@@ -127,6 +127,18 @@ def test_an_actor_that_nobody_hears_of_is_waited_for_no_longer_than_that(cluster
     assert cluster.calls() == [(0, "lab.echo", (handle("aa", 7),))]
 
 
+def test_one_that_was_let_run_anywhere_is_ended_when_it_is_revoked_while_it_waits_there(cluster, monkeypatch):
+    cluster.actor(0)
+    cluster.send("held")
+    serial = cluster.send(handle("aa", 7))
+    monkeypatch.setattr(waiting, "HOLDER_WAIT_S", 0.0)
+    cluster.look()
+    assert len(cluster.calls()) == 1 and cluster.answers() == [], "the other actor is busy"
+    cluster.cancel(serial)
+    (answer,) = cluster.answers()
+    assert answer.serial == serial
+
+
 def test_what_another_actor_holds_is_fetched_first_and_deleted_at_the_end(cluster):
     cluster.actor(0).actor(1)
     cluster.send([handle("aa", 0, 1), handle("bb", 1, 2)])

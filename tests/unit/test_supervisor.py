@@ -70,9 +70,9 @@ class Lab:
     def driver(self):
         return Process.started[-1]
 
-    def send(self, name, hard_limit_s=None):
+    def send(self, name, hard_limit_s=None, body=None):
         fields = [field for field in Run._fields if field not in ("serial", "lost", "refusal", "announced")]
-        run = dict.fromkeys(fields) | {"id": name, "hard_limit_s": hard_limit_s}
+        run = dict.fromkeys(fields) | {"id": name, "hard_limit_s": hard_limit_s, "body": body}
         names = ("callback", "error_callback", "accept_callback", "timeout_callback")
         callbacks = {each: lambda *args, each=each: self.heard.append((name, each, args)) for each in names}
         request = self.supervisor.apply(run, callbacks)
@@ -337,3 +337,48 @@ def test_whoever_listens_to_reports_and_breaks_costs_no_report(lab):
     lab.send("a")
     lab.say(Accepted(1, 0.0), Done(1, (0, "value", 0.1)))
     assert lab.said() == [("a", "accept_callback"), ("a", "callback"), ("a", "end")]
+
+
+def pauses(lab):
+    """Of each timer for the next driver, in seconds."""
+    return [seconds for seconds, function, _ in lab.hub.later if function == lab.supervisor.process._restart]
+
+
+def test_the_pause_before_the_next_driver_grows_until_one_gets_an_actor(lab):
+    for _ in range(3):
+        lab.die()
+    assert pauses(lab) == [0.1, 0.2, 0.4]
+    lab.say(Report(0, {"actors": [{"state": ActorState.READY}]}, None))
+    lab.die()
+    assert pauses(lab)[3:] == [0.1]
+
+
+def test_outside_the_event_loop_a_driver_is_started_once_and_only_if_somebody_waits(lab, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    lab.driver.link.close()
+    lab.supervisor.process.on_readable()
+
+    def started():
+        lab.supervisor.restart_if_due()
+        return len(Process.started)
+
+    now += 1.0
+    assert started() == 1, "nobody waits"
+    lab.send("waiting")
+    now -= 1.0
+    assert started() == 1, "too early"
+    now += 1.0
+    assert started() == 2
+    assert started() == 2, "it is there"
+    assert lab.received() == ["waiting"]
+
+
+def test_what_a_driver_has_not_taken_is_offered_again_though_a_reconnect_took_the_timer(lab):
+    lab.send("large", body=bytes(8 << 20))
+    lab.hub.run()
+    again = lab.supervisor.process._flush_again
+    assert [each[1] for each in lab.hub.later].count(again) == 1
+    lab.hub = Hub()
+    lab.supervisor.register(lab.hub)
+    assert [each[1] for each in lab.hub.later].count(again) == 1
