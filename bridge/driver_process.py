@@ -96,20 +96,31 @@ class DriverProcess:
         self._start()
 
     def _start(self) -> None:
+        """Start a driver.
+
+        Raises:
+            OSError: no process or descriptor is to be had.
+        """
         ours, theirs = socket.socketpair()
         self._starts += 1
         self._has_reported = False
         name = f"{self._label}-{self._starts}"
-        self._process = billiard.Process(
+        process = billiard.Process(
             target=driver.main,
             args=(self._app, self._hostname, theirs, name, self._config, self._driver_id, self._starts == 1),
             name=name,
         )
-        self._process.daemon = True
-        self._process.index = self._starts  # for %i in log file names
+        process.daemon = True
+        process.index = self._starts  # for %i in log file names
         signals.worker_before_create_process.send(sender=self)  # as before any child of the pool
-        self._process.start()
-        theirs.close()
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._process = process
         self._link = Link(ours)
         self._restart_at = None
         self._on_start()
@@ -312,11 +323,15 @@ class DriverProcess:
     def restart_if_due(self) -> None:
         """Outside the event loop: start the next driver when its pause is over."""
         if self._restart_at is not None and time.monotonic() >= self._restart_at:
-            self._start()
+            self._restart()
 
     def _restart(self) -> None:
         if self._link is None and not self.is_stopping:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # the event loop would log it, and nobody would try again
+                logger.error("the GPU driver could not be started, it is tried again: %s", error)
+                self._schedule_restart()
 
     def _close_link(self) -> None:
         if self._link is not None:

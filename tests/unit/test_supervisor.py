@@ -374,6 +374,22 @@ def test_outside_the_event_loop_a_driver_is_started_once_and_only_if_somebody_wa
     assert lab.received() == ["waiting"]
 
 
+def test_a_driver_that_cannot_be_started_for_now_is_tried_again(lab, monkeypatch):
+    """Else one fork at a full process table, whose error the event loop only logs, would be the last."""
+
+    def refuse(_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    lab.send("waiting")
+    with monkeypatch.context() as full:
+        full.setattr(Process, "start", refuse)
+        lab.die()
+    assert pauses(lab) == [0.1, 0.2]
+    _, restart, args = lab.hub.later[-1]
+    restart(*args)
+    assert lab.received() == ["waiting"]
+
+
 def test_what_a_driver_has_not_taken_is_offered_again_though_a_reconnect_took_the_timer(lab):
     lab.send("large", body=bytes(8 << 20))
     lab.hub.run()
