@@ -104,6 +104,11 @@ class Driver:
             self._fleet, self._roster,
         )  # fmt: skip
 
+    @property
+    def forward(self) -> Any:
+        """What stands in the place of every marked body."""
+        return self._tasks.tracing.forward
+
     # ---- the loop
 
     def run(self) -> int:
@@ -263,11 +268,6 @@ class Driver:
             self._tasks.terminate(task)
         else:
             self._events.append(TaskCancelled(task.token))
-
-    @property
-    def forward(self) -> Any:
-        """What stands in the place of every marked body."""
-        return self._tasks.tracing.forward
 
     # ---- the scheduler
 
