@@ -1,6 +1,7 @@
 """In the worker: all its drivers as one. Nearly always it is one; ``--drivers N`` is for hosts with many cores.
 
-What one driver knows and does is in `bridge/supervisor.py`; here it is only decided which of them gets a task.
+What becomes of the requests of one driver is in `bridge/supervisor.py`, the process in `bridge/driver_process.py`; here
+it is only decided which of them gets a task.
 """
 
 import select
@@ -22,16 +23,17 @@ class Drivers:
         several = settings.drivers > 1
         labels = [f"GpuDriver{number + 1 if several else ''}" for number in range(settings.drivers)]
         self._all = [DriverSupervisor(app, hostname, settings, label) for label in labels]
+        self._processes = [each.process for each in self._all]
 
     def start(self, tasks: Iterable[str]) -> None:
-        """See `DriverSupervisor.start`."""
+        """See `DriverProcess.start`."""
         names = list(tasks)
-        for each in self._all:
+        for each in self._processes:
             each.start(names, needs(self._marks.values()).share)
 
     def wait_until_ready(self, say: Callable[[str], None]) -> None:
-        """See `DriverSupervisor.wait_until_ready`."""
-        for each in self._all:
+        """See `DriverProcess.wait_until_ready`."""
+        for each in self._processes:
             each.wait_until_ready(say)
 
     def register(self, hub: Any) -> None:
@@ -41,19 +43,19 @@ class Drivers:
 
     def listen(self, on_report: Callable[[], None]) -> None:
         """Have `on_report` called when `report` is new."""
-        for each in self._all:
+        for each in self._processes:
             each.on_report = on_report
 
     def stop(self) -> None:
         """End them; they leave their actors warm."""
-        for each in self._all:
+        for each in self._processes:
             each.say_stop()
-        for each in self._all:
+        for each in self._processes:
             each.stop()
 
     def kill(self) -> None:
         """End them at once."""
-        for each in self._all:
+        for each in self._processes:
             each.kill()
 
     def restart(self) -> None:
@@ -96,14 +98,14 @@ class Drivers:
 
     def on_readable(self) -> None:
         """Take what the drivers have sent."""
-        for each in self._all:
+        for each in self._processes:
             each.on_readable()
 
     def serve(self, timeout_s: float, also: list[int]) -> list[int]:
         """Outside the event loop: wait for a link or one of `also`; returns which of those can be read."""
-        for each in self._all:
-            each.restart_if_due()
-        links = [each for each in self._all if each.is_linked]
+        for supervisor in self._all:
+            supervisor.restart_if_due()
+        links = [each for each in self._processes if each.is_linked]
         readable, _, _ = select.select([*also, *[each.fileno() for each in links]], [], [], timeout_s)
         for each in links:
             if each.fileno() in readable:
@@ -115,7 +117,7 @@ class Drivers:
     @property
     def can_drain(self) -> bool:
         """Whether `serve` may be called here: not from a signal handler that interrupted one of them."""
-        return all(each.can_drain for each in self._all)
+        return not any(each.is_busy for each in self._processes)
 
     @property
     def in_flight(self) -> int:
@@ -130,19 +132,19 @@ class Drivers:
     @property
     def pids(self) -> list[int | None]:
         """Their process ids."""
-        return [each.pid for each in self._all]
+        return [each.pid for each in self._processes]
 
     @property
     def heard(self) -> tuple[tuple[int | None, float | None], ...]:
-        """Process id of each, and when it last said something; see `DriverSupervisor.heard_at`."""
-        return tuple((each.pid, each.heard_at) for each in self._all)
+        """Process id of each, and when it last said something; see `DriverProcess.heard_at`."""
+        return tuple((each.pid, each.heard_at) for each in self._processes)
 
     @property
     def result_trouble(self) -> str:
         """Why results are not stored now, as one of them has said; "" while they are."""
-        return next((each.report["results"] for each in self._all if each.report.get("results")), "")
+        return next((each.report["results"] for each in self._processes if each.report.get("results")), "")
 
     @property
     def report(self) -> dict[str, Any]:
         """The fleet as one of them sees it, the first that sees any actor."""
-        return next((each.report for each in self._all if each.report["actors"]), self._all[0].report)
+        return next((each.report for each in self._processes if each.report["actors"]), self._processes[0].report)

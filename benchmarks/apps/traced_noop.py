@@ -22,6 +22,7 @@ def noop() -> int:
 
 
 def _trace(path: str) -> None:
+    from bridge.calls import Calls
     from bridge.driver import Driver
     from bridge.link import Link, Run
     from bridge.redis_channel import GroupedChannel
@@ -63,7 +64,7 @@ def _trace(path: str) -> None:
     wrap(Link, "receive", after=holds_run)
     wrap(GroupedResults, "_ask", before="result leaves")
     wrap(Driver, "run", before=trace_fleet)
-    wrap(Driver, "_replied", before="driver has the reply")
+    wrap(Calls, "replied", before="driver has the reply")
 
 
 if os.environ.get("BENCH_TRACE"):

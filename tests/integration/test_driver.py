@@ -142,6 +142,7 @@ def test_only_what_is_owed_is_collected_and_a_late_loss_of_the_rest_is_taken_qui
     assert [task.token for task in lab.fleet.collected[-1].tasks] == [two.token, three.token]
     lost = tuple(Failed(task.token, FailureKind.LOST, "LOST", "the actor was restarted") for task in call.tasks)
     lab.event(Replied(call.id, Reply(lost, 0.0), ""))
+    assert len(lab.fleet.calls) == 1, "its actor gets nothing more before it is heard of"
     lab.ready()
     again = lab.fleet.calls[-1]
     assert [task.payload for task in again.tasks] == [two.payload, three.payload], (
@@ -192,6 +193,7 @@ def test_a_request_that_cannot_be_taken_costs_only_itself(lab):
     lab.driver._read_link()
     lab.driver._turn()
     assert [type(answer) for answer in lab.answers()] == [link.Ended]
+    assert lab.driver._tasks.by_serial == lab.driver._tasks.by_token == {}, "nothing of it stays"
     lab.send("fine")
     assert len(lab.fleet.calls) == 1
 
@@ -290,7 +292,7 @@ def test_a_late_task_that_came_back_from_its_actor_is_given_back(lab):
     lab.driver._turn()
     lab.driver._flush()
     assert [type(message) for message in lab.link.receive()] == [link.Flushed]
-    assert not lab.driver._tasks
+    assert not lab.driver._tasks.by_serial
 
 
 # ---- memory
@@ -357,8 +359,13 @@ def test_an_actor_whose_reply_was_lost_is_told_to_forget_the_call(lab):
     assert lab.fleet.forgotten == [call.id]
 
 
-def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab, monkeypatch):
-    monkeypatch.setattr(lab.driver, "_settings", lab.driver._settings.model_copy(update={"cluster_wait_s": 1e-6}))
+def waits_for(lab, cluster_wait_s):
+    waiting = lab.driver._waiting
+    waiting._settings = waiting._settings.model_copy(update={"cluster_wait_s": cluster_wait_s})
+
+
+def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab):
+    waits_for(lab, 1e-6)
     serial = lab.send(1)
     lab.link.send(link.Withdraw(serial))
     lab.link.flush()
@@ -370,8 +377,8 @@ def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab, 
 
 
 def test_tasks_that_waited_are_not_refused_in_the_turn_in_which_their_actor_comes(lab, monkeypatch, caplog):
-    monkeypatch.setattr("bridge.driver.GROW_AFTER_S", 0.0)
-    lab.driver._settings = lab.driver._settings.model_copy(update={"cluster_wait_s": 0.0})
+    monkeypatch.setattr("bridge.waiting.GROW_AFTER_S", 0.0)
+    waits_for(lab, 0.0)
     lab.send("waits")
     lab.driver._notify(lab.is_ready())
     lab.driver._handle_inbox()

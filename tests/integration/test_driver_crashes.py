@@ -133,6 +133,20 @@ def test_a_redelivered_task_with_a_crash_runs_alone_and_those_without_share(late
     assert sorted(shared) == [[f"{clean}.0", f"{unknown}.0"], [f"{crashed}.0"]]
 
 
+def test_a_task_that_has_crashed_runs_again_alone(late):
+    take(late, "first")
+    first = late.fleet.calls.pop()
+    late.event(Replied(first.id, Reply((succeeded(first.tasks[0], 0),), 0.0), ""))
+    crashed = take(late, 1)
+    crash(late)
+    late.event(SlotChanged(0, None, "away"))
+    late.ledger.answer(late, None)
+    others = [take(late, number) for number in range(2)]
+    late.ready()
+    shared = sorted(sorted(task.token for task in call.tasks) for call in late.fleet.calls)
+    assert shared == [[f"{crashed}.1"], [f"{other}.0" for other in others]]
+
+
 def test_a_task_that_is_not_delivered_again_asks_nothing_and_neither_does_an_early_one(late):
     take(late, 1)
     late.app.tasks["lab.echo"].acks_late = False

@@ -9,7 +9,7 @@ from actors.contract import Busy, Failed, FailureKind, Reply, Succeeded
 from actors.errands import DELETE, EXPORT
 from actors.handles import DeviceArray
 from bridge import driver as drivers
-from bridge import link
+from bridge import link, waiting
 from bridge.errors import HandleLost
 from bridge.fleet import Replied, SlotChanged
 from bridge.settings import settings
@@ -41,13 +41,13 @@ class Cluster(Lab):
         """(actor, name of the first task, arguments) of each call not answered."""
         return [
             (actor, call.tasks[0].name, pickle.loads(call.tasks[0].payload)[0])
-            for actor, call in self.driver._calls.values()
+            for actor, call in self.driver._calls.unanswered.values()
         ]
 
     def answer(self, outcome, number=-1):
         """Answer one of the calls in hand."""
-        call = list(self.driver._calls)[number]
-        (task,) = self.driver._calls[call][1].tasks
+        call = list(self.driver._calls.unanswered)[number]
+        (task,) = self.driver._calls.unanswered[call][1].tasks
         self.event(Replied(call, Reply((outcome(task.token),), 0.0), ""))
 
     def cancel(self, serial):
@@ -122,9 +122,21 @@ def test_an_actor_that_nobody_hears_of_is_waited_for_no_longer_than_that(cluster
     cluster.send(handle("aa", 7))
     cluster.look()
     assert cluster.calls() == []
-    monkeypatch.setattr(drivers, "HOLDER_WAIT_S", 0.0)
+    monkeypatch.setattr(waiting, "HOLDER_WAIT_S", 0.0)
     cluster.look()
     assert cluster.calls() == [(0, "lab.echo", (handle("aa", 7),))]
+
+
+def test_one_that_was_let_run_anywhere_is_ended_when_it_is_revoked_while_it_waits_there(cluster, monkeypatch):
+    cluster.actor(0)
+    cluster.send("held")
+    serial = cluster.send(handle("aa", 7))
+    monkeypatch.setattr(waiting, "HOLDER_WAIT_S", 0.0)
+    cluster.look()
+    assert len(cluster.calls()) == 1 and cluster.answers() == [], "the other actor is busy"
+    cluster.cancel(serial)
+    (answer,) = cluster.answers()
+    assert answer.serial == serial
 
 
 def test_what_another_actor_holds_is_fetched_first_and_deleted_at_the_end(cluster):
@@ -144,7 +156,8 @@ def test_what_another_actor_holds_is_fetched_first_and_deleted_at_the_end(cluste
 
 def test_an_array_on_a_gpu_of_another_model_than_the_task_needs_is_fetched(cluster):
     cluster.actor(0)
-    cluster.driver._rules["lab.echo"] = cluster.driver._rules["lab.echo"]._replace(accelerator="H100")
+    rules = cluster.driver._waiting._rules
+    rules["lab.echo"] = rules["lab.echo"]._replace(accelerator="H100")
     health = cluster.is_ready().health._replace(slot=0, executor="e0", accelerator="L4")
     cluster.event(SlotChanged(0, health, ""))
     cluster.send(handle("aa", 0))
@@ -168,7 +181,7 @@ def test_what_cannot_be_fetched_ends_the_task(cluster):
 def test_an_actor_that_dies_while_something_is_fetched_from_it(cluster):
     cluster.actor(0).actor(1)
     cluster.send([handle("aa", 0, 1), handle("bb", 1, 2)])
-    (call,) = cluster.driver._calls
+    (call,) = cluster.driver._calls.unanswered
     cluster.event(Replied(call, None, "the actor died"))
     assert isinstance(cluster.result(), HandleLost)
 
@@ -185,7 +198,7 @@ def test_an_actor_that_ends_before_something_is_fetched_from_it(cluster):
 def test_one_that_waits_to_be_fetched_is_waited_for_no_longer_than_that(cluster, monkeypatch):
     cluster.actor(1)
     cluster.send([handle("aa", 0, 1), handle("bb", 1, 2)])
-    monkeypatch.setattr(drivers, "HOLDER_WAIT_S", 0.0)
+    monkeypatch.setattr(waiting, "HOLDER_WAIT_S", 0.0)
     cluster.look()
     assert "takes no calls" in str(cluster.result())
 
@@ -193,7 +206,7 @@ def test_one_that_waits_to_be_fetched_is_waited_for_no_longer_than_that(cluster,
 def test_a_busy_actor_is_asked_again(cluster):
     cluster.actor(0).actor(1)
     cluster.send([handle("aa", 0, 1), handle("bb", 1, 2)])
-    (call,) = cluster.driver._calls
+    (call,) = cluster.driver._calls.unanswered
     cluster.event(Replied(call, Busy(0.0), ""))
     assert cluster.calls() == []
     cluster.actor(0)
@@ -208,7 +221,8 @@ def test_a_task_given_up_while_something_is_fetched_for_it_leaves_nothing(cluste
     cluster.answer(done(REF.model_dump(mode="json")))
     assert cluster.answers() == [] and cluster.calls() == []
     assert cluster.discarded == [REF]
-    assert cluster.driver._errands._under_way == cluster.driver._tasks == cluster.driver._by_token == {}
+    tasks = cluster.driver._tasks
+    assert cluster.driver._errands._under_way == tasks.by_serial == tasks.by_token == {}
 
 
 def test_what_is_fetched_from_an_actor_that_was_restarted_is_asked_for_again(cluster):
@@ -227,8 +241,8 @@ def test_what_is_fetched_from_an_actor_that_was_restarted_is_asked_for_again(clu
 def test_a_result_nobody_waits_for_is_deleted_where_it_is(cluster):
     cluster.actor(0)
     serial = cluster.send("value")
-    task = cluster.driver._tasks[serial]
-    cluster.driver._end(task, drivers.einfo(RuntimeError("given up")))
+    tasks = cluster.driver._tasks
+    tasks.end(tasks.by_serial[serial], drivers.einfo(RuntimeError("given up")))
     other, given = REF.model_copy(update={"url": "redis:" + "1" * 32}), handle("bb", 0)
     made = [handle("aa", 0, kept=REF), other]
     cluster.answer(done({"x": made, "y": given}, *made))

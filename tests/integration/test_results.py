@@ -717,14 +717,14 @@ def test_a_task_is_done_when_its_result_is_stored(lab):
     assert [state(lab, serial) for serial in (2, 3, 4)] == ["PENDING"] * 3
     assert turn(lab) == [2, 3, 4]
     assert [state(lab, serial) for serial in (2, 3, 4)] == ["SUCCESS"] * 3
-    assert not lab.driver._tasks and lab.driver._timeout() > 0
+    assert not lab.driver._tasks.by_serial and lab.driver._timeout() > 0
 
 
 def test_late_news_of_a_task_whose_result_is_being_stored_changes_nothing(lab):
     call = called(lab, 1)
     (task,) = call.tasks
     lab.event(Replied(call.id, Reply((succeeded(task, "first"),), 0.0), ""))
-    lab.driver._tracing.resume(lab.driver._tasks[2], succeeded(task, "second"))
+    lab.driver._tasks.tracing.resume(lab.driver._tasks.by_serial[2], succeeded(task, "second"))
     assert turn(lab) == [2]
     assert lab.app.AsyncResult("2").get(timeout=1) == "first"
 
@@ -732,7 +732,7 @@ def test_late_news_of_a_task_whose_result_is_being_stored_changes_nothing(lab):
 def test_a_task_ended_while_its_result_waits_stores_nothing_and_costs_nobody(lab):
     call = called(lab, 2)
     lab.event(Replied(call.id, Reply(tuple(succeeded(task, 1) for task in call.tasks), 0.0), ""))
-    lab.driver._tracing.stop(lab.driver._tasks[2])
+    lab.driver._tasks.tracing.stop(lab.driver._tasks.by_serial[2])
     assert turn(lab) == [3]
     assert (state(lab, 2), state(lab, 3)) == ("PENDING", "SUCCESS")
 

@@ -12,7 +12,7 @@ from tests.apps.base import App
 
 class Supervisor:
     def __init__(self, _app, _hostname, _settings, label):
-        self.label, self.tasks = label, []
+        self.label, self.tasks, self.process = label, [], None
 
     def apply(self, run, _callbacks):
         self.tasks.append(run["task"])

@@ -7,7 +7,7 @@ import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
 from actors.contract import ActorState
-from bridge import supervisor as module
+from bridge import driver_process, supervisor
 from bridge.link import Accepted, Done, Ended, Flush, Flushed, Link, Report, Returned, Run, SoftLimited, Stop, Withdraw
 from bridge.supervisor import DriverSupervisor, _einfo
 
@@ -57,11 +57,11 @@ class Process:
 class Lab:
     def __init__(self, monkeypatch):
         Process.started = []
-        monkeypatch.setattr(module.billiard, "Process", Process)
+        monkeypatch.setattr(driver_process.billiard, "Process", Process)
         self.killed = []
-        monkeypatch.setattr(module.os, "kill", lambda pid, number: self.killed.append((pid, number)))
+        monkeypatch.setattr(driver_process.os, "kill", lambda pid, number: self.killed.append((pid, number)))
         self.supervisor = DriverSupervisor(None, "worker@here", None)
-        self.supervisor._start()
+        self.supervisor.process._start()
         self.hub = Hub()
         self.supervisor.register(self.hub)
         self.heard = []  # (request's name, callback, arguments)
@@ -70,9 +70,9 @@ class Lab:
     def driver(self):
         return Process.started[-1]
 
-    def send(self, name, hard_limit_s=None):
+    def send(self, name, hard_limit_s=None, body=None):
         fields = [field for field in Run._fields if field not in ("serial", "lost", "refusal", "announced")]
-        run = dict.fromkeys(fields) | {"id": name, "hard_limit_s": hard_limit_s}
+        run = dict.fromkeys(fields) | {"id": name, "hard_limit_s": hard_limit_s, "body": body}
         names = ("callback", "error_callback", "accept_callback", "timeout_callback")
         callbacks = {each: lambda *args, each=each: self.heard.append((name, each, args)) for each in names}
         request = self.supervisor.apply(run, callbacks)
@@ -88,11 +88,11 @@ class Lab:
         for message in messages:
             self.driver.link.send(message)
         self.driver.link.flush()
-        self.supervisor.on_readable()
+        self.supervisor.process.on_readable()
 
     def die(self):
         self.driver.link.close()
-        self.supervisor.on_readable()
+        self.supervisor.process.on_readable()
         _, restart, args = self.hub.later[-1]
         restart(*args)
 
@@ -219,7 +219,7 @@ def test_a_request_wanted_back_that_no_driver_has_comes_back_at_once(lab):
     lab.supervisor.withdraw(asked, lambda: back.append("asked"))
     lab.received()
     lab.driver.link.close()
-    lab.supervisor.on_readable()
+    lab.supervisor.process.on_readable()
     assert back == ["asked"], "its driver has died without an answer"
     lab.supervisor.withdraw(later, lambda: back.append("later"))
     ended.terminate(signal.SIGTERM)
@@ -264,7 +264,7 @@ def test_a_soft_limit_is_told_and_the_request_goes_on(lab):
 
 def test_a_driver_that_lets_a_hard_limit_pass_and_is_silent_is_ended(lab, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
     limited, free = lab.send("limited", hard_limit_s=10), lab.send("free")
     lab.say(Accepted(serial(limited), now), Accepted(serial(free), now))
 
@@ -272,20 +272,20 @@ def test_a_driver_that_lets_a_hard_limit_pass_and_is_silent_is_ended(lab, monkey
         (_, function, args) = [each for each in lab.hub.later if each[1] == lab.supervisor._enforce][-1]
         function(*args)
 
-    now += 10 + module.BACKSTOP_S - 1
+    now += 10 + supervisor.BACKSTOP_S - 1
     enforce()
     assert lab.killed == [], "it still has time"
     now += 2
     lab.say()
-    lab.supervisor._heard_at = now
+    lab.supervisor.process._heard_at = now
     enforce()
     assert lab.killed == [], "it speaks, so it knows what it does"
-    now += module.BACKSTOP_S + 1
+    now += supervisor.BACKSTOP_S + 1
     enforce()
     assert lab.killed == [(lab.driver.pid, signal.SIGKILL)]
     lab.supervisor.register(lab.hub)
     timers = len(lab.hub.later)
-    lab.supervisor._enforce(1)
+    lab.supervisor._enforce(lab.hub, 1)
     assert len(lab.hub.later) == timers, "the timer of before a reconnect ends by itself"
 
 
@@ -295,25 +295,25 @@ def test_what_fails_without_having_started_is_accepted_first(lab):
     lab.say(Ended(serial(request), _einfo(ValueError("odd"))))
     assert lab.said() == [("odd", each) for each in ("accept_callback", "error_callback", "end")]
     waiting = lab.send("waiting")
-    for _ in range(module.MAX_LOST):
+    for _ in range(supervisor.MAX_LOST):
         lab.die()
     assert lab.said() == [("waiting", each) for each in ("accept_callback", "error_callback", "end")]
-    assert waiting.run.lost == module.MAX_LOST
+    assert waiting.run.lost == supervisor.MAX_LOST
 
 
 def test_a_driver_that_is_not_let_in_is_nobodys_fault_and_tasks_wait_and_learn_why(lab, monkeypatch):
     """After the cluster's token was changed under a worker, say."""
     now = 100.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
     lab.supervisor._settings = SimpleNamespace(cluster_wait_s=300.0)
 
     def shut_out():
         lab.say(Report(0, {"actors": []}, ("ClusterAuthFailed", "the token was refused")))
-        lab.driver.exitcode = module.driver.EXIT_NOT_STARTED
+        lab.driver.exitcode = driver_process.driver.EXIT_NOT_STARTED
         lab.die()
 
     waiting = lab.send("waiting")
-    for _ in range(module.MAX_LOST + 1):
+    for _ in range(supervisor.MAX_LOST + 1):
         shut_out()
     assert waiting.run.lost == 0 and lab.said() == []
     now += 300.0
@@ -331,9 +331,70 @@ def test_whoever_listens_to_reports_and_breaks_costs_no_report(lab):
     def breaks():
         raise OSError("the event path is down")
 
-    lab.supervisor.on_report = breaks
+    lab.supervisor.process.on_report = breaks
     lab.say(Report(0, {"actors": [{"slot": 0, "state": "fenced"}], "driver_id": "d"}, None))
-    assert lab.supervisor.report["actors"][0]["state"] == "fenced"
+    assert lab.supervisor.process.report["actors"][0]["state"] == "fenced"
     lab.send("a")
     lab.say(Accepted(1, 0.0), Done(1, (0, "value", 0.1)))
     assert lab.said() == [("a", "accept_callback"), ("a", "callback"), ("a", "end")]
+
+
+def pauses(lab):
+    """Of each timer for the next driver, in seconds."""
+    return [seconds for seconds, function, _ in lab.hub.later if function == lab.supervisor.process._restart]
+
+
+def test_the_pause_before_the_next_driver_grows_until_one_gets_an_actor(lab):
+    for _ in range(3):
+        lab.die()
+    assert pauses(lab) == [0.1, 0.2, 0.4]
+    lab.say(Report(0, {"actors": [{"state": ActorState.READY}]}, None))
+    lab.die()
+    assert pauses(lab)[3:] == [0.1]
+
+
+def test_outside_the_event_loop_a_driver_is_started_once_and_only_if_somebody_waits(lab, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    lab.driver.link.close()
+    lab.supervisor.process.on_readable()
+
+    def started():
+        lab.supervisor.restart_if_due()
+        return len(Process.started)
+
+    now += 1.0
+    assert started() == 1, "nobody waits"
+    lab.send("waiting")
+    now -= 1.0
+    assert started() == 1, "too early"
+    now += 1.0
+    assert started() == 2
+    assert started() == 2, "it is there"
+    assert lab.received() == ["waiting"]
+
+
+def test_a_driver_that_cannot_be_started_for_now_is_tried_again(lab, monkeypatch):
+    """Else one fork at a full process table, whose error the event loop only logs, would be the last."""
+
+    def refuse(_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    lab.send("waiting")
+    with monkeypatch.context() as full:
+        full.setattr(Process, "start", refuse)
+        lab.die()
+    assert pauses(lab) == [0.1, 0.2]
+    _, restart, args = lab.hub.later[-1]
+    restart(*args)
+    assert lab.received() == ["waiting"]
+
+
+def test_what_a_driver_has_not_taken_is_offered_again_though_a_reconnect_took_the_timer(lab):
+    lab.send("large", body=bytes(8 << 20))
+    lab.hub.run()
+    again = lab.supervisor.process._flush_again
+    assert [each[1] for each in lab.hub.later].count(again) == 1
+    lab.hub = Hub()
+    lab.supervisor.register(lab.hub)
+    assert [each[1] for each in lab.hub.later].count(again) == 1
