@@ -4,7 +4,6 @@ Importing this package loads neither ray nor cupy: producers and CPU workers may
 the first of them is used, for `python -m bridge.health` needs none and is started every few seconds.
 """
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
         to_device,
         to_host,
     )
-
-if "celery.worker.control" in sys.modules:  # the `celery` command is running, which offers only registered commands
-    import bridge.control  # noqa: F401
 
 __all__ = [
     "Gpu", "array_module", "batched", "errors", "executor_init", "resident", "scipy_module", "to_device", "to_host",

@@ -32,7 +32,7 @@ worker_prefetch_multiplier = 1
 # Acknowledge when a task has ended, so that tasks of a killed worker run again elsewhere. Every task of this app gives
 # the same result when it runs twice.
 task_acks_late = True
-# STARTED tells waiting from running: with the bridge it means that an actor has begun the task.
+# STARTED tells waiting from running: with the bridge it means that the task's call has left for an actor.
 task_track_started = True
 # Nothing here should take longer: a body that hangs is interrupted, then its process is replaced.
 task_soft_time_limit = 120

@@ -206,9 +206,10 @@ def test_inspect_knows_the_rest(worker, inspect):
 
 def test_inspect_gpu_from_the_command_line(worker, environment, hold, send):
     blocker, gate = hold()
-    command = [sys.executable, "-m", "celery", "-A", "tests.apps.shop", "inspect", "gpu", "-d", NAME, "--json"]
+    celery = [sys.executable, "-m", "celery", "-b", environment["CELERY_BROKER_URL"]]  # an app that knows no bridge
+    command = [*celery, "inspect", "gpu", "-d", NAME, "--json"]
     wait_for(lambda: '"running": "shop.progress"' in _said(command, environment), "a beat that has seen the body", 30)
-    said = _said(command, environment)
+    said = _said([*celery, "gpu", "-d", NAME, "--json"], environment)
     for part in ('"state": "ready"', '"memory_total_bytes"', '"device"', '"executor_pid"', '"slots": 48'):
         assert part in said
     gate.touch()

@@ -25,7 +25,6 @@ app.conf.update(
     broker_transport_options={
         "visibility_timeout": VISIBILITY_S,
         "unacked_mutex_expire": 10,
-        "unacked_restore_interval": 0.2,  # kombu looks at each tenth call: every 2 s instead of every 100 s
     },
     # A chain's next task and a retry are published from the driver. Celery's default gives up after 0.6 s without a
     # broker, and the task whose body has succeeded fails as OperationalError.

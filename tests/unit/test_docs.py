@@ -2,12 +2,16 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from celery import Celery
+from celery.bin.celery import celery as celery_command
+from celery.worker.control import Panel
 
 from actors import contract
 from bridge import driver, errors
@@ -55,7 +59,9 @@ def settings_table():
 
 
 def _as_variable(default):
-    return f"{default:g}" if isinstance(default, float) else str(default).lower()
+    if isinstance(default, float):
+        return f"{default:.10g}"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def test_every_setting_is_in_the_table_as_it_is():
@@ -65,8 +71,30 @@ def test_every_setting_is_in_the_table_as_it_is():
 def test_every_variable_the_documents_name_is_a_setting():
     known = {f"BRIDGE_{name.upper()}" for name in Settings.model_fields}
     for name in DOCUMENTS:
-        found = set(re.findall(r"BRIDGE_[A-Z_]*[A-Z]", read(name)))
+        text = read(name)
+        found = set(re.findall(r"BRIDGE_[A-Z_]*[A-Z](?!_\*)\b", text))
         assert found <= known, f"{name}: {sorted(found - known)}"
+        for beginning in re.findall(r"(BRIDGE_[A-Z_]*_)\*", text):
+            assert any(each.startswith(beginning) for each in known), f"{name}: {beginning}*"
+
+
+def celery_commands():
+    """Each documented `celery ... inspect`, `control` or `gpu`, as words from there on, with its document."""
+    said = re.compile(r"\bcelery (?:-[Ab] \S+ )*((?:inspect|control|gpu)\b[^`\n#|;)]*)")
+    return [(name, shlex.split(words)) for name in DOCUMENTS for words in said.findall(read(name)) if "/" not in words]
+
+
+def test_celery_has_every_command_that_the_documents_show():
+    commands = celery_commands()
+    assert len(commands) > 10
+    for name, (command, *words) in commands:
+        click_command = celery_command.commands[command]
+        try:
+            _, given, _ = click_command.make_parser(click.Context(click_command)).parse_args(words)
+        except click.UsageError as error:
+            pytest.fail(f"{name}: celery {command} {' '.join(words)}: {error}")
+        if command != "gpu" and given:
+            assert Panel.meta[given[0]].type == command, f"{name}: celery {command} {given[0]}"
 
 
 @pytest.mark.parametrize("error", errors.StartupError.__subclasses__(), ids=lambda error: error.__name__)
