@@ -65,7 +65,7 @@ def token() -> Iterator[Finding]:
     path = Path(source).expanduser()
     with suppress(OSError):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            yield fail("token", f"others on this machine can read {source}", f"chmod 600 {source}")
+            yield warn("token", f"others on this machine can read {source}", f"chmod 600 {source}")
             return
     yield ok("token", f"from {source}")
 
