@@ -372,7 +372,8 @@ class ActorShell:
         if active is not None:
             self._take(active, [])
         running = active.running_tokens() if active else frozenset()
-        answers = entry.deliver(self._limits.inline_bytes, running, self._large)
+        large = self._large if entry.call.id in self._entries else {}  # nobody fetches what was dropped meanwhile
+        answers = entry.deliver(self._limits.inline_bytes, running, large)
         if entry.is_delivered:
             self._entries.pop(entry.call.id, None)
         return Reply(answers, self._queue_s())

@@ -1504,3 +1504,19 @@ def test_a_call_whose_reply_was_lost_is_forgotten(driver, path, gate):
     driver.shell.forget(lost.call.id)
     assert driver.value("echo", 2) == 2, "its body was interrupted"
     assert not driver.shell._entries
+
+
+def test_large_outcomes_of_a_call_that_was_dropped_are_not_kept(folder, new_driver, path, gate):
+    """A thread of the actor may still wait for them; nobody would fetch them, and the actor could never end."""
+    driver = new_driver(inline_bytes=0).hello(make_config(folder))
+    held = driver.send(*(task("batch_hold", path, gate) for _ in range(2)))  # a shared run is not interrupted
+    wait_for(exists(path), "the body to run")
+    entry = driver.shell._entries[held.call.id]
+    collecting = threading.Thread(target=driver.shell.collect, args=(held.call, 60.0))
+    collecting.start()
+    wait_for(lambda: entry.changed._waiters, "somebody to ask for outcomes")
+    driver.shell.hello("another", driver.id, driver.config)
+    open_gate(gate)
+    collecting.join(30)
+    assert len(entry._undelivered) < 2, "or nothing large was ever delivered"
+    assert not driver.shell._large
