@@ -3,11 +3,24 @@
 import math
 import pickle
 import threading
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from actors.breaker import BreakerRules
-from actors.contract import Answer, Call, Failed, FailureKind, Large, Outcome, Pending, Reply, Succeeded, TaskCall
+from actors.contract import (
+    Answer,
+    Call,
+    Failed,
+    FailureKind,
+    Large,
+    Outcome,
+    Pending,
+    Reason,
+    Reply,
+    Succeeded,
+    TaskCall,
+)
 
 
 class Limits(NamedTuple):
@@ -81,6 +94,19 @@ class Entry:
         self._soft_limit_hit |= news
         self.changed.notify_all()
 
+    def cancel(self, tokens: list[str], how: Reason, running: frozenset[str]) -> list[str]:
+        """Note that tasks are cancelled; those that are to be withdrawn if they have not started.
+
+        Args:
+            running: tokens of those that run now, of which a soft limit withdraws none.
+        """
+        if how is Reason.SOFT_LIMIT:
+            self.softened |= running.intersection(tokens)
+            tokens = [token for token in tokens if token not in running]
+        since = -math.inf if how is Reason.KILL else time.monotonic()
+        self.cancelled.update({token: min(since, self.cancelled.get(token, since)) for token in tokens})
+        return tokens
+
     def record(self, outcome: Outcome) -> TaskCall | None:
         """Take a task's outcome; the task, or None when it had one already."""
         if outcome.token in self.held_up and outcome.token not in self.cancelled and _is_cancelled(outcome):
@@ -122,31 +148,6 @@ class Entry:
             else:
                 answers.append(outcome)
         return tuple(answers)
-
-
-class Tally:
-    """What an actor has done, per task name."""
-
-    def __init__(self) -> None:
-        self.tasks = 0
-        self.calls = 0
-        self.crashes = 0
-        self._by_task: dict[str, list[float]] = {}
-
-    def add(self, name: str, outcome: Outcome) -> None:
-        """Count one task; a batch of n counts as one run."""
-        self.tasks += 1
-        row = self._by_task.setdefault(name, [0, 0.0, 0.0])
-        row[0] += 1
-        row[1] += 1 / outcome.batch if isinstance(outcome, Succeeded) else 1
-        row[2] += outcome.run_s
-
-    def by_task(self) -> dict[str, dict[str, float]]:
-        """Per task name: tasks, runs of its body, mean seconds per task."""
-        return {
-            name: {"tasks": tasks, "runs": round(runs), "mean_s": seconds / tasks}
-            for name, (tasks, runs, seconds) in self._by_task.items()
-        }
 
 
 def lost(call: Call, kind: FailureKind, message: str) -> Reply:

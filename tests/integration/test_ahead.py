@@ -101,7 +101,7 @@ def held():
 
 
 def reader_of(driver):
-    (child,) = driver.shell._children.values()
+    (child,) = driver.shell._children
     return child._ahead
 
 

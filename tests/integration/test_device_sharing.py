@@ -267,7 +267,7 @@ def test_a_successor_knows_nothing_of_what_its_predecessor_had(driver, path):
 def test_nothing_is_told_while_nothing_changes(driver, monkeypatch):
     """The actor hears of the device when there is news, not with every call."""
     heard = []
-    (child,) = driver.shell._children.values()
+    (child,) = driver.shell._children
     note = child._note
     monkeypatch.setattr(child, "_note", lambda message: (heard.append(type(message).__name__), note(message)))
     driver.values(task("use", "a"))

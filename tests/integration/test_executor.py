@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors import shell as shells
+from actors import children, leases
 from actors.contract import (
     ActorState,
     Busy,
@@ -497,13 +497,13 @@ class Driver:
             for entry in list(self.shell._entries.values()):
                 self.shell._cancel(entry, [each.token for each in entry.todo])
                 self.shell._entries.pop(entry.call.id, None)
-            children = list(self.shell._children.values())
+            executors = list(self.shell._children)
         finally:
             self.shell._lock.release()
         self.shell.close()
         self.shell._thread.join(30)
         assert not self.shell._thread.is_alive(), "an actor that was closed has not ended"
-        for child in children:
+        for child in executors:
             child.process.wait(10)
 
 
@@ -1218,7 +1218,7 @@ def test_a_third_release_takes_the_place_of_one_nobody_waits_for(folder, new_dri
 
 
 def test_an_idle_executor_of_an_old_release_ends(folder, new_driver, monkeypatch):
-    monkeypatch.setattr(shells, "RETIRE_AFTER_S", 0.2)
+    monkeypatch.setattr(children, "RETIRE_AFTER_S", 0.2)
     driver = new_driver().hello(make_config(folder))
     first = driver.executor
     driver.hello(other_release(folder, "two", "two"))
@@ -1228,7 +1228,7 @@ def test_an_idle_executor_of_an_old_release_ends(folder, new_driver, monkeypatch
 
 def test_an_old_release_is_served_as_long_as_its_driver_lives(folder, new_driver, monkeypatch):
     """A worker of an older release that has been idle must find its actor usable, whoever came later."""
-    monkeypatch.setattr(shells, "RETIRE_AFTER_S", 0.2)
+    monkeypatch.setattr(children, "RETIRE_AFTER_S", 0.2)
     driver = new_driver().hello(make_config(folder))
     for number, name in enumerate(("two", "three")):
         driver.shell.hello(f"other {number}", "", other_release(folder, name, name))
@@ -1255,7 +1255,7 @@ def failing(folder, name, gate):
 
 
 def test_a_failing_import_is_reported_and_tried_again(folder, new_driver, monkeypatch, gate):
-    monkeypatch.setattr(shells, "BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr(children, "BACKOFF_S", (0.05, 0.2))
     driver = new_driver().hello(failing(folder, "import", gate), ready=False)
     wait_for(lambda: driver.health.failed_starts >= 2, "a second attempt")
     assert driver.health.state is ActorState.FAILING
@@ -1267,7 +1267,7 @@ def test_a_failing_import_is_reported_and_tried_again(folder, new_driver, monkey
 
 
 def test_calls_are_handed_back_when_their_executor_does_not_start(folder, new_driver, monkeypatch, gate):
-    monkeypatch.setattr(shells, "BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr(children, "BACKOFF_S", (0.05, 0.2))
     driver = new_driver().hello(failing(folder, "handed", gate), ready=False)
     (outcome,) = driver.outcomes(task("echo", 1))
     assert outcome.kind is FailureKind.LOST
@@ -1348,11 +1348,11 @@ def test_crashes_leave_no_descriptor_and_no_process_behind(folder, new_driver):
     driver = new_driver().hello(make_config(folder))
     driver.outcomes(task("segfault"), task("echo", 1))
     actor = psutil.Process()
-    before, children = actor.num_fds(), len(actor.children())
+    before, processes = actor.num_fds(), len(actor.children())
     for _ in range(4):
         driver.outcomes(task("segfault"), task("echo", 1))
     assert actor.num_fds() <= before
-    assert len(actor.children()) <= children
+    assert len(actor.children()) <= processes
 
 
 def test_interrupts_never_hit_another_task_and_leave_no_lock_held(driver):
@@ -1478,8 +1478,8 @@ def test_a_call_whose_driver_did_not_know_of_a_long_one_comes_back_at_once(drive
 
 def test_an_idle_actor_ends_when_its_drivers_know_it(folder, new_driver):
     driver = new_driver(keep_idle_s=0.2).hello(make_config(folder))
-    wait_for(lambda: driver.shell._closing, "the idle actor to close")
-    assert not driver.abandoned.wait(2 * shells.REPLY_LEAVES_S), "a call may be on its way"
+    wait_for(lambda: driver.shell._leases.is_closing, "the idle actor to close")
+    assert not driver.abandoned.wait(2 * leases.REPLY_LEAVES_S), "a call may be on its way"
     late = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("echo", 1),), 0.001)
     assert isinstance(driver.shell.run(late), Busy), "and is told to go elsewhere"
     assert driver.health.state == "draining"
@@ -1492,10 +1492,10 @@ def test_an_actor_with_work_is_not_idle(folder, new_driver, path, gate):
     wait_for(exists(path), "the body to run")
     for _ in range(5):
         held.collect(0.1)
-    assert not driver.shell._closing
+    assert not driver.shell._leases.is_closing
     open_gate(gate)
     held.outcomes()
-    wait_for(lambda: driver.shell._closing, "the idle actor to close")
+    wait_for(lambda: driver.shell._leases.is_closing, "the idle actor to close")
 
 
 def test_a_call_whose_reply_was_lost_is_forgotten(driver, path, gate):
@@ -1504,3 +1504,19 @@ def test_a_call_whose_reply_was_lost_is_forgotten(driver, path, gate):
     driver.shell.forget(lost.call.id)
     assert driver.value("echo", 2) == 2, "its body was interrupted"
     assert not driver.shell._entries
+
+
+def test_large_outcomes_of_a_call_that_was_dropped_are_not_kept(folder, new_driver, path, gate):
+    """A thread of the actor may still wait for them; nobody would fetch them, and the actor could never end."""
+    driver = new_driver(inline_bytes=0).hello(make_config(folder))
+    held = driver.send(*(task("batch_hold", path, gate) for _ in range(2)))  # a shared run is not interrupted
+    wait_for(exists(path), "the body to run")
+    entry = driver.shell._entries[held.call.id]
+    collecting = threading.Thread(target=driver.shell.collect, args=(held.call, 60.0))
+    collecting.start()
+    wait_for(lambda: entry.changed._waiters, "somebody to ask for outcomes")
+    driver.shell.hello("another", driver.id, driver.config)
+    open_gate(gate)
+    collecting.join(30)
+    assert len(entry._undelivered) < 2, "or nothing large was ever delivered"
+    assert not driver.shell._large

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors import shell as shells
+from actors import children
 from actors.breaker import BreakerRules
 from actors.contract import ActorState, Busy, FailureKind
 from tests.integration import test_executor as executors
@@ -91,7 +91,7 @@ def gate(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(shells, "BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr(children, "BACKOFF_S", (0.05, 0.2))
     return tmp_path
 
 
@@ -199,7 +199,7 @@ def test_a_probe_that_fails_keeps_the_fence(folder, new_driver):
 
 
 def test_a_device_that_hangs_when_it_is_touched_is_fenced(folder, new_driver, monkeypatch):
-    monkeypatch.setattr(shells, "WARM_DEVICE_S", 0.2)
+    monkeypatch.setattr(children, "WARM_DEVICE_S", 0.2)
     (folder / "hangs").touch()
     driver = new_driver(breaker=FOR_EVER).hello(release(folder), ready=False)
     wait_for(lambda: is_fenced(driver), "the fence")
