@@ -274,11 +274,16 @@ class Shelf:
     def __init__(self, fd: int) -> None:
         self._actor = socket.socket(fileno=fd)
         self._actor.set_inheritable(False)  # what a body starts is not the executor
-        os.register_at_fork(after_in_child=self._actor.close)  # nor is what it forks
+        os.register_at_fork(after_in_child=self._leave)  # nor is what it forks
         self._memory: _Memory | None = None
         self._lent: Any = None  # redis-py's connection, which stays open while it is here
         self._can_lend = True
         self._places: dict[str, Place] = {}
+
+    def _leave(self) -> None:
+        """Nobody tells this process when the call has ended and other data are where its own were."""
+        self._actor.close()
+        self._places, self._can_lend = {}, False
 
     def begin(self, places: Iterable[Place]) -> None:
         """A call starts."""
@@ -336,5 +341,6 @@ class Shelf:
             return
         if self._memory is None:
             self._memory = _Memory.create()
+        self._memory.is_connected = True  # before the actor has it, for it says when it is of no more use
         socket.send_fds(self._actor, [_MARK + prefix.encode()], [sock.fileno(), self._memory.fd])
-        self._memory.is_connected = self._can_lend = True
+        self._can_lend = True

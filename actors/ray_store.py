@@ -81,6 +81,8 @@ class Keeper:
             if name in self._withdrawn:
                 self._withdrawn.remove(name)
                 return "it was withdrawn"
+            if name in self._kept:  # Ray's client asks again where it does not know whether it was heard
+                return ""
             count = len(self._kept) + len(self._coming)
             if self._size_bytes + size_bytes > limit_bytes or count >= MOST_OBJECTS:
                 held = f"{count} of {readable(self._size_bytes)} together are kept"

@@ -76,6 +76,7 @@ class _Part:
     def __init__(self, task: TracedTask, state: str, patience_s: float) -> None:
         self.task, self.state = task, state
         self.waits_until = time.monotonic() + patience_s  # for a Redis that does not store
+        self.is_unsure = False  # a word to its chord has had no answer: Redis may have heard it
 
 
 class _Result(_Part):
@@ -95,10 +96,22 @@ class _Place:
         self.results: list[_Result] = []
         self.parts: list[_Part] = []  # whose chords could not be told
         self.trouble = Trouble()
+        self.chords = Trouble()  # a large word may be refused while results are stored
 
     @property
-    def is_waiting(self) -> bool:
-        return bool(self.results or self.parts)
+    def why(self) -> str:
+        """Why it does not store what waits, for people; "" while it does."""
+        return self.trouble.text or (self.chords.text if self.parts else "")
+
+    def due_in_s(self) -> float:
+        """Seconds until it may be asked about what waits; infinite when nothing does."""
+        return min(
+            self.trouble.due_in_s if self.results else math.inf, self.chords.due_in_s if self.parts else math.inf
+        )
+
+    def trouble_of(self, part: _Part) -> Trouble:
+        """Whose pauses it waits for."""
+        return self.trouble if isinstance(part, _Result) else self.chords
 
 
 class GroupedResults:
@@ -142,40 +155,43 @@ class GroupedResults:
     @property
     def are_waiting(self) -> bool:
         """Whether `flush` has something to do, now or later."""
-        return any(place.is_waiting for place in self._places.values())
+        return any(place.results or place.parts for place in self._places.values())
 
     @property
     def trouble(self) -> str:
         """Why results wait, for people; "" while they are stored."""
-        return next((place.trouble.text for place in self._places.values() if place.trouble.text), "")
+        return next((place.why for place in self._places.values() if place.why), "")
 
     def due_in_s(self) -> float:
         """Seconds until `flush` has something to do; infinite when nothing waits."""
-        return min((place.trouble.due_in_s for place in self._places.values() if place.is_waiting), default=math.inf)
+        return min((place.due_in_s() for place in self._places.values()), default=math.inf)
 
     def end(self) -> None:
         """The worker ends: from now on nothing waits for longer than Celery's retry policy says."""
         self._ends = True
         for place in self._places.values():
             place.trouble.ask_now()
+            place.chords.ask_now()
 
     def flush(self) -> None:
         """Store what waits and let each tracer go on, unless Redis did not store a moment ago."""
         for place in self._places.values():
-            if not place.is_waiting or place.trouble.due_in_s:
-                continue
-            if place.parts and self._is_there(place):
-                parts, place.parts[:] = place.parts[:], []
-                for part in parts:
+            if place.results and not place.trouble.due_in_s:
+                self._store_all(place)
+            if place.parts and not place.chords.due_in_s:
+                is_there = self._is_there(place)
+                for part in [each for each in place.parts if is_there or self._is_over(each)]:
                     self._tracing.go_on(part.task, None)
-            waiting, place.results[:] = place.results[:], []
-            for group in groups(waiting):
-                started = time.monotonic()
-                answers = self._ask(place.backend, group)
-                if time.monotonic() - started > SLOW_S:
-                    logger.warning("the result backend held the driver for %.1f s", time.monotonic() - started)
-                for result, answer in zip(group, answers, strict=True):
-                    self._settle(place, result, answer)
+
+    def _store_all(self, place: _Place) -> None:
+        waiting, place.results[:] = place.results[:], []
+        for group in groups(waiting):
+            started = time.monotonic()
+            answers = self._ask(place.backend, group)
+            if time.monotonic() - started > SLOW_S:
+                logger.warning("the result backend held the driver for %.1f s", time.monotonic() - started)
+            for result, answer in zip(group, answers, strict=True):
+                self._settle(place, result, answer)
 
     def _settle(self, place: _Place, result: _Result, answer: int | Exception) -> None:
         if isinstance(answer, int):
@@ -193,19 +209,21 @@ class GroupedResults:
         """Asked once, so that not each part has to find out."""
         error = _ping(place.backend)
         if error is not None and not self._ends:
-            place.trouble.begin(error)
+            place.chords.begin(error)
             return False
         return True
 
     def _may_wait(self, place: _Place, result: _Part, error: Exception) -> bool:
         """Redis does not store now, and its body has done its work: whether there is time, for it may do so later."""
-        if not self._is_trouble(place, error):
+        if not self._is_trouble(place, error) or self._is_over(result):
             return False
-        is_held = self._holds_message(result) and not self._ends
-        if not is_held and time.monotonic() >= result.waits_until:
-            return False
-        place.trouble.begin(error)
+        place.trouble_of(result).begin(error)
         return True
+
+    def _is_over(self, result: _Part) -> bool:
+        """Whether it has waited for long enough."""
+        is_held = self._holds_message(result) and not self._ends
+        return not is_held and time.monotonic() >= result.waits_until
 
     def _holds_message(self, result: _Part) -> bool:
         """Whether the task's message is still unacknowledged, and nothing but this result says that it has run."""
@@ -288,13 +306,20 @@ class GroupedResults:
             while True:
                 try:
                     answer = part(request, state, result, *args, **kwargs)
-                    if told:
-                        place.trouble.end()
-                    return answer
+                    if told is None:
+                        return answer
+                    claimed = _claim_of(place.backend, request.group) if told.is_unsure else None
+                    if claimed is None or not self._may_wait(place, told, claimed):
+                        place.chords.end()
+                        return answer
                 except Exception as error:
                     if task is None or not self._is_trouble(place, error):
                         raise
                     told = told or _Part(task, state, patience(place.backend.retry_policy))
+                    if is_refusal(error):  # Redis keeps as much memory for the connection as a large word took
+                        place.backend.client.connection_pool.disconnect(inuse_connections=False)
+                    else:
+                        told.is_unsure = True
                     if not self._may_wait(place, told, error):
                         if self._holds_message(told):
                             self._leave(task, error)
@@ -383,6 +408,17 @@ def _error_of(answer: bytes | str) -> int | Exception:
     """What the script says of one result that is not stored; what is no refusal is left to Celery."""
     error = read_refusal(answer)
     return error if is_refusal(error) else -1
+
+
+def _claim_of(backend: Any, group: str) -> Exception | None:
+    """Who told a chord of its last task has claimed the body, and has not sent it yet.
+
+    That may be a question of ours whose answer was lost: its claim expires, and then the body is there to be claimed.
+    """
+    claim = backend.client.get(backend.get_key_for_group(group, ".c"))
+    if claim in (None, b"done"):
+        return None
+    return redis.ConnectionError("a chord's body is claimed, perhaps by a question whose answer was lost")
 
 
 def _ping(backend: Any) -> Exception | None:

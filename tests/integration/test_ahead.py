@@ -279,6 +279,18 @@ def test_keys_have_the_apps_prefix(ends, wanted):
     assert shelf.piece(wanted.name, 0) == b"x" * MIB
 
 
+def test_what_a_body_forks_reads_for_itself(ends, wanted):
+    """It may outlive the call, and other data are where its own were."""
+    reader, shelf = ends
+    reader.want("a call", [wanted])
+    wait_for(lambda: shelf._memory.ready(1) == MIB, "its data")
+    shelf.begin(reader.give("a call"))
+    child = os.fork()
+    if not child:
+        os._exit(shelf.piece(wanted.name, 0) is not None)
+    assert os.waitpid(child, 0)[1] == 0 and shelf.piece(wanted.name, 0) == b"x" * MIB
+
+
 def test_who_is_always_late_is_asked_less_and_less(store, ends, wanted):
     """The executor comes before anything is ready: bodies are too short, and reading twice would only cost."""
     reader, shelf = ends

@@ -1,5 +1,6 @@
 """Results in groups on a real Redis: what Celery would have stored and published, one question per turn."""
 
+import gc
 import json
 import pickle
 from pathlib import Path
@@ -289,6 +290,7 @@ def own(tmp_path, monkeypatch):
     yield server
     server.client.close()
     server.kill_group()
+    gc.collect()  # Celery's results ask Redis when they are collected, which is to be in no other test
 
 
 def accept(server):
@@ -429,6 +431,56 @@ def test_a_part_whose_chord_cannot_be_told_before_the_worker_ends_goes_back(own,
     assert trouble.is_refusal(one.given_back[first.id]) and (one.ended, one.errors) == ([], {})
     early.tell_chord(first)
     assert trouble.is_refusal(early.errors[first.id]), "an early task's message is gone, so Celery says what it says"
+
+
+def test_an_early_task_tells_its_chord_for_as_long_as_celerys_policy_says(own, parts):
+    policy = {"max_retries": 1, "interval_start": 0.05, "interval_max": 0.05}
+    one = Turns(own.url, result_backend_transport_options={"retry_policy": policy})
+    (first, _), _ = parts(one)
+    own.kill_group()
+    one.tell_chord(first)
+    assert one.grouped.are_waiting and one.errors == {}
+    flush_until(one, lambda: one.errors, "the policy to be over while Redis is away")
+    assert isinstance(one.errors[first.id], redis.ConnectionError)
+    assert not one.grouped.are_waiting and one.grouped.trouble == ""
+
+
+def test_a_word_to_a_chord_that_is_too_large_keeps_no_results_from_redis(own, parts, caplog):
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    (first, _), _ = parts(one)
+    own.client.config_set("maxmemory", own.client.info("memory")["used_memory"] + (4 << 20))
+    large = "x" * (8 << 20)
+    one._trace(first.id, lambda: one.backend.mark_as_done(first.id, large, first, store_result=False))
+    for number in range(5):
+        one.store(str(number), number)
+        flush_until(one, lambda number=number: str(number) in one.ended, "a small result to be stored")
+        flush_until(one, lambda: one.grouped.due_in_s() > 0, "the word to be refused again")
+        wait_for(lambda: one.grouped.due_in_s() == 0, "the pause to be over", every_s=0.005)
+    assert one.grouped.are_waiting and one.errors == {} and "OOM" in one.grouped.trouble
+    assert caplog.text.count("stores results again") == 0
+    accept(own)
+    flush_until(one, lambda: first.id in one.ended, "the chord to be told")
+    assert one.grouped.trouble == ""
+
+
+def test_a_chord_whose_body_was_claimed_by_a_question_without_an_answer_gets_it(own, parts):
+    one = Turns(own.url, is_late=True, **AT_ONCE)
+    (first, second), bodies = parts(one)
+    one.tell_chord(first)
+    script = one.backend._chord_part_return_script
+
+    def lose_the_answer(*args, **kwargs):
+        one.backend._chord_part_return_script = script
+        script(*args, **kwargs)
+        raise redis.ConnectionError("cut off")
+
+    one.backend._chord_part_return_script = lose_the_answer
+    one.tell_chord(second)
+    flush_until(one, lambda: "claimed" in one.grouped.trouble, "what has become of it")
+    assert bodies() == 0
+    own.client.delete(one.backend.get_key_for_group(second.group, ".c"))  # as its time does
+    flush_until(one, lambda: second.id in one.ended, "the chord to be told")
+    assert bodies() == 1 and one.errors == {} and one.grouped.trouble == ""
 
 
 def test_a_user_who_may_not_write_here_is_refused_without_an_end_too(own):
