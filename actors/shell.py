@@ -39,6 +39,9 @@ from actors.waker import Waker
 
 #: Cancellations kept for calls that have not arrived, at most.
 EARLY_CANCELS = 64
+#: A call that expects to wait comes back at once if so many times that is ahead of it. The foreseen end of a late call
+#: recedes while another one is under way, and what its driver has heard must not send that back again and again.
+MORE_THAN_SAID = 1.5
 
 
 class ActorShell:
@@ -109,8 +112,8 @@ class ActorShell:
                 self._leases.note_reply()
                 return Busy(self._queue_s())
             entry = Entry(call, self._lock)
-            patience_s = call.waits_s + HOLDS_UP_S
-            entry.patient_until = time.monotonic() + (0.0 if self._queue_s() > patience_s else patience_s)
+            is_news = self._queue_s() > MORE_THAN_SAID * call.waits_s + HOLDS_UP_S
+            entry.patient_until = time.monotonic() + (0.0 if is_news else call.waits_s + HOLDS_UP_S)
             self._entries[call.id] = entry
             self._queue.append(entry)
             for tokens, how in self._early_cancels.pop(call.id, ()):

@@ -1473,6 +1473,22 @@ def test_a_call_whose_driver_did_not_know_of_a_long_one_comes_back_at_once(drive
     held.outcomes()
 
 
+def test_behind_a_late_call_whose_end_recedes_a_call_that_knows_stays(driver, path, gate):
+    held = driver.send(task("hold", path, gate), estimate_s=0.001)
+    wait_for(exists(path), "the body to run")
+    driver.shell._active.entry.started_at -= 100.0
+    heard_s = driver.health.queue_s
+    assert heard_s >= 100.0, "as long again as it has run"
+    under_way_s = 1.0  # in which the driver expects as much less, and the actor as much more
+    driver.shell._active.entry.started_at -= under_way_s
+    knows = call_of(driver, 0.001, heard_s - under_way_s, task("echo", 1))
+    (answer,) = driver.shell.run(knows, wait_s=0.3).answers
+    assert isinstance(answer, Pending)
+    open_gate(gate)
+    assert kinds(driver.shell.collect(knows, 60.0).answers) == ["succeeded"]
+    held.outcomes()
+
+
 # ---- the end of an idle actor
 
 
