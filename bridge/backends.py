@@ -36,3 +36,12 @@ def expiry(backend: Any, state: str) -> int:
     """Seconds until a result of that state expires; 0 for never."""
     expires = backend.failure_expires if state == states.FAILURE else backend.expires
     return int((backend.expires if expires is None else expires) or 0)
+
+
+def ping(backend: Any) -> Exception | None:
+    """Whether Redis answers: None, or why not."""
+    try:
+        backend.client.ping()
+    except Exception as error:
+        return error
+    return None

@@ -3,10 +3,9 @@
 Celery asks twice for each, whether there is a SUCCESS already, and to store and publish, while every other task waits.
 Here the tracer's own last store of its task waits in its greenlet for the end of the turn. All other stores, and all
 that is not Celery's own Redis backend writing plain JSON, go Celery's way, which also takes over whatever Redis does
-not do here. No result is held back beyond the turn, unless Redis is away or takes no writes: then all of them wait,
-without holding the loop, and it is asked again with growing pauses. A task acknowledged late waits until its result is
-stored or the worker ends, and its message then goes back to the broker; an early one as long as Celery's retry policy
-of the backend says. So do words to chords. A large result that alone is refused becomes a failure that says so.
+not do here. No result is held back beyond the turn, unless Redis is away or takes no writes: then all of them wait, for
+how long says `bridge/unstored.py`, and it is asked again with growing pauses. So do words to chords
+(`bridge/chord_words.py`). A large result that alone is refused becomes a failure that says so.
 """
 
 import copy
@@ -17,18 +16,19 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import wraps
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
-import greenlet
 import redis
 from celery import states
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ResponseError
 
-from bridge.backends import can_be_grouped, expiry, patience
+from bridge.backends import can_be_grouped, expiry, patience, ping
+from bridge.chord_words import ChordWords
 from bridge.errors import ResultRefused, as_text
 from bridge.tracing import SLOW_S, TracedTask, Tracing
 from bridge.trouble import Trouble, is_refusal, read_refusal
+from bridge.unstored import Backlog, GiveBack, Unstored
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +70,7 @@ return answers
 """
 
 
-class _Part:
-    """A task whose tracer tells its chord that it has ended."""
-
-    def __init__(self, task: TracedTask, state: str, patience_s: float) -> None:
-        self.task, self.state = task, state
-        self.waits_until = time.monotonic() + patience_s  # for a Redis that does not store
-        self.is_unsure = False  # a word to its chord has had no answer: Redis may have heard it
-
-
-class _Result(_Part):
+class _Result(Unstored):
     """A result whose tracer waits for it to be stored."""
 
     def __init__(self, task: TracedTask, key: bytes, value: str, state: str, expires: int, patience_s: float) -> None:
@@ -88,30 +79,11 @@ class _Result(_Part):
         self.cuts = 0  # connections that ended over it while Redis was there
 
 
-class _Place:
-    """A backend, what waits for it, and how it is."""
+class _Place(NamedTuple):
+    """What waits for one backend."""
 
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.results: list[_Result] = []
-        self.parts: list[_Part] = []  # whose chords could not be told
-        self.trouble = Trouble()
-        self.chords = Trouble()  # a large word may be refused while results are stored
-
-    @property
-    def why(self) -> str:
-        """Why it does not store what waits, for people; "" while it does."""
-        return self.trouble.text or (self.chords.text if self.parts else "")
-
-    def due_in_s(self) -> float:
-        """Seconds until it may be asked about what waits; infinite when nothing does."""
-        return min(
-            self.trouble.due_in_s if self.results else math.inf, self.chords.due_in_s if self.parts else math.inf
-        )
-
-    def trouble_of(self, part: _Part) -> Trouble:
-        """Whose pauses it waits for."""
-        return self.trouble if isinstance(part, _Result) else self.chords
+    results: Backlog[_Result]
+    chords: ChordWords
 
 
 class GroupedResults:
@@ -123,13 +95,12 @@ class GroupedResults:
             worker ends, and the error; its message goes back to the broker.
     """
 
-    def __init__(self, tracing: Tracing, give_back: Callable[[TracedTask, Exception], None]) -> None:
+    def __init__(self, tracing: Tracing, give_back: GiveBack) -> None:
         self._tracing = tracing
         self._give_back = give_back
         self._places: dict[int, _Place] = {}  # by id of the backend
         self._script = redis.Redis().register_script(_STORE)
         self._refused_until = 0.0
-        self._ends = False
 
     def adopt(self, tasks: Iterable[Any]) -> None:
         """Store results of these tasks in groups, where their backend is one that `can_be_grouped`."""
@@ -139,9 +110,10 @@ class GroupedResults:
             except Exception:
                 continue  # Celery says so to whoever uses it
             if id(backend) not in self._places and can_be_grouped(backend):
-                self._places[id(backend)] = place = _Place(backend)
-                backend._store_result = self._grouped(place, backend._store_result)
-                backend.on_chord_part_return = self._patient(place, backend.on_chord_part_return)
+                common = backend, self._tracing, self._give_back
+                self._places[id(backend)] = place = _Place(Backlog(*common), ChordWords(*common))
+                backend._store_result = self._grouped(place.results, backend._store_result)
+                backend.on_chord_part_return = place.chords.patient(backend.on_chord_part_return)
 
     def warm_up(self) -> None:
         """Connect, and give Redis the script in the background, as it may not answer: the first task need not."""
@@ -150,100 +122,68 @@ class GroupedResults:
     def _connect(self) -> None:
         for place in self._places.values():
             with suppress(Exception):  # whoever stores a result meets it again, and says so
-                place.backend.client.script_load(_STORE)
+                place.results.backend.client.script_load(_STORE)
 
     @property
     def are_waiting(self) -> bool:
         """Whether `flush` has something to do, now or later."""
-        return any(place.results or place.parts for place in self._places.values())
+        return any(place.results.waiting or place.chords.are_waiting for place in self._places.values())
 
     @property
     def trouble(self) -> str:
         """Why results wait, for people; "" while they are stored."""
-        return next((place.why for place in self._places.values() if place.why), "")
+        texts = [text for place in self._places.values() for text in (place.results.trouble.text, place.chords.trouble)]
+        return next(filter(None, texts), "")
 
     def due_in_s(self) -> float:
         """Seconds until `flush` has something to do; infinite when nothing waits."""
-        return min((place.due_in_s() for place in self._places.values()), default=math.inf)
+        return min((each.due_in_s() for place in self._places.values() for each in place), default=math.inf)
 
     def end(self) -> None:
         """The worker ends: from now on nothing waits for longer than Celery's retry policy says."""
-        self._ends = True
         for place in self._places.values():
-            place.trouble.ask_now()
-            place.chords.ask_now()
+            place.results.end()
+            place.chords.end()
 
     def flush(self) -> None:
         """Store what waits and let each tracer go on, unless Redis did not store a moment ago."""
         for place in self._places.values():
-            if place.results and not place.trouble.due_in_s:
-                self._store_all(place)
-            if place.parts and not place.chords.due_in_s:
-                is_there = self._is_there(place)
-                for part in [each for each in place.parts if is_there or self._is_over(each)]:
-                    self._tracing.go_on(part.task, None)
+            if not place.results.due_in_s():
+                self._store_all(place.results)
+            place.chords.flush()
 
-    def _store_all(self, place: _Place) -> None:
-        waiting, place.results[:] = place.results[:], []
+    def _store_all(self, backlog: Backlog[_Result]) -> None:
+        waiting, backlog.waiting[:] = backlog.waiting[:], []
         for group in groups(waiting):
             started = time.monotonic()
-            answers = self._ask(place.backend, group)
+            answers = self._ask(backlog.backend, group)
             if time.monotonic() - started > SLOW_S:
                 logger.warning("the result backend held the driver for %.1f s", time.monotonic() - started)
             for result, answer in zip(group, answers, strict=True):
-                self._settle(place, result, answer)
+                self._settle(backlog, result, answer)
 
-    def _settle(self, place: _Place, result: _Result, answer: int | Exception) -> None:
+    def _settle(self, backlog: Backlog[_Result], result: _Result, answer: int | Exception) -> None:
         if isinstance(answer, int):
             if answer >= 0:
-                place.trouble.end()
-            self._tracing.go_on(result.task, answer)
-        elif self._is_refused_alone(place, result, answer):
-            self._tracing.go_on(result.task, self._refused(result, answer))
-        elif self._may_wait(place, result, answer):
-            place.results.append(result)
+                backlog.trouble.end()
+            backlog.go_on(result, answer)
+        elif self._is_refused_alone(backlog.backend, result, answer):
+            backlog.go_on(result, self._refused(result, answer))
+        elif backlog.may_wait(result, answer):
+            backlog.waiting.append(result)
         else:
-            self._tracing.go_on(result.task, answer)
+            backlog.go_on(result, answer)
 
-    def _is_there(self, place: _Place) -> bool:
-        """Asked once, so that not each part has to find out."""
-        error = _ping(place.backend)
-        if error is not None and not self._ends:
-            place.chords.begin(error)
-            return False
-        return True
-
-    def _may_wait(self, place: _Place, result: _Part, error: Exception) -> bool:
-        """Redis does not store now, and its body has done its work: whether there is time, for it may do so later."""
-        if not self._is_trouble(place, error) or self._is_over(result):
-            return False
-        place.trouble_of(result).begin(error)
-        return True
-
-    def _is_over(self, result: _Part) -> bool:
-        """Whether it has waited for long enough."""
-        is_held = self._holds_message(result) and not self._ends
-        return not is_held and time.monotonic() >= result.waits_until
-
-    def _holds_message(self, result: _Part) -> bool:
-        """Whether the task's message is still unacknowledged, and nothing but this result says that it has run."""
-        return result.state != states.RETRY and self._tracing.is_late(result.task)
-
-    @staticmethod
-    def _is_trouble(place: _Place, error: Exception) -> bool:
-        is_away = isinstance(error, place.backend.connection_errors) and not isinstance(error, LookupError)
-        return is_away or is_refusal(error)  # kombu 5.7 counts KeyError as a lost connection
-
-    def _is_refused_alone(self, place: _Place, result: _Result, error: Exception) -> bool:
+    def _is_refused_alone(self, backend: Any, result: _Result, error: Exception) -> bool:
         """Whether Redis takes a failure in place of this large result: then the failure is stored."""
         if len(result.value) <= LARGEST_BYTES or result.state == states.RETRY:
             return False
         if not is_refusal(error):
-            if len(result.value) > MOST_BYTES and _ping(place.backend) is None:
+            if len(result.value) > MOST_BYTES and ping(backend) is None:
                 result.cuts += 1
             if result.cuts < MOST_CUTS:
                 return False
-        backend, refused = place.backend, self._refused(result, error)
+        refused = self._refused(result, error)
         meta = backend._get_result_meta(backend.prepare_exception(refused), states.FAILURE, None, None)
         value = backend.encode({**meta, "task_id": result.task.run.id})
         # Redis keeps as much memory for the connection as the large value took, for one more like it.
@@ -258,9 +198,9 @@ class GroupedResults:
             cause += " (Redis cuts the connection over a value above its proto-max-bulk-len)"
         return ResultRefused(result.task.run.task, len(result.value), cause)
 
-    def _grouped(self, place: _Place, alone: Callable[..., Any]) -> Callable[..., Any]:
+    def _grouped(self, backlog: Backlog[_Result], alone: Callable[..., Any]) -> Callable[..., Any]:
         """What stands in the place of a backend's `_store_result`; `alone` is Celery's."""
-        backend = place.backend
+        backend = backlog.backend
 
         @wraps(alone)
         def store(
@@ -271,64 +211,32 @@ class GroupedResults:
 
             task = self._tracing.at_its_outcome(task_id) if state in _OUTCOMES else None
             if task is None:
-                return self._without_trouble(place, by_celery, task_id, result, state)
+                return self._without_trouble(backlog.trouble, by_celery, task_id, result, state)
             meta = backend._get_result_meta(result=result, state=state, traceback=traceback, request=request)
             value = backend.encode({**meta, "task_id": bytes_to_str(task_id)})
             if not isinstance(value, str):
                 return by_celery()
             policy = patience(backend.retry_policy)
             waiting = _Result(task, backend.get_key_for_task(task_id), value, state, expiry(backend, state), policy)
-            self._store(place, waiting, by_celery)
+            self._store(backlog, waiting, by_celery)
             return result
 
         return store
 
-    def _without_trouble(self, place: _Place, store: Callable[[], Any], task_id: Any, result: Any, state: str) -> Any:
+    def _without_trouble(
+        self, trouble: Trouble, store: Callable[[], Any], task_id: Any, result: Any, state: str
+    ) -> Any:
         """STARTED, or progress, which the tracer stores: no reason to fail a task for."""
         try:
             return store()
         except Exception as error:
             if state in _OUTCOMES or not is_refusal(error) or not self._tracing.running(task_id):
                 raise
-            place.trouble.begin(error)
+            trouble.begin(error)
             logger.info("%s of %s is not stored: %r", state, task_id, error)
             return result
 
-    def _patient(self, place: _Place, part: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands in the place of a backend's `on_chord_part_return`; `part` is Celery's.
-
-        Redis counts a part once, however often it is told; Celery would make a failure of what Redis did not hear.
-        """
-
-        @wraps(part)
-        def tell(request: Any, state: str, result: Any, *args: Any, **kwargs: Any) -> Any:
-            task, told = self._tracing.running(request.id), None
-            while True:
-                try:
-                    answer = part(request, state, result, *args, **kwargs)
-                    if told is None:
-                        return answer
-                    claimed = _claim_of(place.backend, request.group) if told.is_unsure else None
-                    if claimed is None or not self._may_wait(place, told, claimed):
-                        place.chords.end()
-                        return answer
-                except Exception as error:
-                    if task is None or not self._is_trouble(place, error):
-                        raise
-                    told = told or _Part(task, state, patience(place.backend.retry_policy))
-                    if is_refusal(error):  # Redis keeps as much memory for the connection as a large word took
-                        place.backend.client.connection_pool.disconnect(inuse_connections=False)
-                    else:
-                        told.is_unsure = True
-                    if not self._may_wait(place, told, error):
-                        if self._holds_message(told):
-                            self._leave(task, error)
-                        raise
-                self._wait_with(place.parts, told)
-
-        return tell
-
-    def _store(self, place: _Place, result: _Result, by_celery: Callable[[], Any]) -> None:
+    def _store(self, backlog: Backlog[_Result], result: _Result, by_celery: Callable[[], Any]) -> None:
         """Called in a tracer: return when the result is stored.
 
         Raises:
@@ -337,51 +245,38 @@ class GroupedResults:
             GreenletExit: the message goes back to the broker.
         """
         try:
-            if len(result.value) > place.backend._MAX_STR_VALUE_SIZE:
+            if len(result.value) > backlog.backend._MAX_STR_VALUE_SIZE:
                 raise ResultRefused(result.task.run.task, len(result.value), "Redis takes no value above 512 MB")
-            is_stored = time.monotonic() >= self._refused_until and self._wait(place, result)
+            is_stored = time.monotonic() >= self._refused_until and self._wait(backlog, result)
             while not is_stored:
                 try:
                     by_celery()
                     is_stored = True
-                    place.trouble.end()
+                    backlog.trouble.end()
                 except Exception as error:
-                    if not self._may_wait(place, result, error):
+                    if not backlog.may_wait(result, error):
                         raise
-                    is_stored = self._wait(place, result)
+                    is_stored = self._wait(backlog, result)
         except ResultRefused:
             self._tracing.has_another_outcome(result.task)
             raise
         except Exception as error:
-            if not self._is_trouble(place, error):
+            if not backlog.is_trouble(error):
                 raise
             if result.state == states.RETRY:  # its next run is in the broker already
                 logger.warning("RETRY of %s is not stored: %r", result.task.run.id, error)
-            elif self._holds_message(result):
-                self._leave(result.task, error)
+            elif backlog.holds_message(result):
+                backlog.leave(result, error)
             else:
                 raise
 
-    def _leave(self, task: TracedTask, error: Exception) -> NoReturn:
-        """Called in a tracer: end it without an outcome."""
-        self._give_back(task, error)
-        raise greenlet.GreenletExit
-
-    def _wait(self, place: _Place, result: _Result) -> bool:
+    @staticmethod
+    def _wait(backlog: Backlog[_Result], result: _Result) -> bool:
         """Give the loop back until the turn's results are stored; False if Celery has to store this one."""
-        answer = self._wait_with(place.results, result)
+        answer = backlog.wait(result)
         if isinstance(answer, Exception):
             raise answer
         return bool(answer >= 0)
-
-    def _wait_with(self, others: list[Any], each: _Part) -> Any:
-        """Called in a tracer: what `flush` answers."""
-        others.append(each)
-        try:
-            return self._tracing.wait()
-        finally:
-            if each in others:  # the task is ended from outside meanwhile
-                others.remove(each)
 
     def _ask(self, backend: Any, group: list[_Result]) -> list[int | Exception]:
         """One question; an answer or an error for each result."""
@@ -408,25 +303,6 @@ def _error_of(answer: bytes | str) -> int | Exception:
     """What the script says of one result that is not stored; what is no refusal is left to Celery."""
     error = read_refusal(answer)
     return error if is_refusal(error) else -1
-
-
-def _claim_of(backend: Any, group: str) -> Exception | None:
-    """Who told a chord of its last task has claimed the body, and has not sent it yet.
-
-    That may be a question of ours whose answer was lost: its claim expires, and then the body is there to be claimed.
-    """
-    claim = backend.client.get(backend.get_key_for_group(group, ".c"))
-    if claim in (None, b"done"):
-        return None
-    return redis.ConnectionError("a chord's body is claimed, perhaps by a question whose answer was lost")
-
-
-def _ping(backend: Any) -> Exception | None:
-    try:
-        backend.client.ping()
-    except Exception as error:
-        return error
-    return None
 
 
 def groups(results: list[_Result]) -> Iterable[list[_Result]]:
