@@ -142,8 +142,9 @@ class Keeper:
             with self._lock:
                 is_empty = not self._kept and not self._coming
                 if is_empty and now - self._asked_at > KEEP_IDLE_S:  # the next who puts something makes another one
-                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-                    time.sleep(GONE_S)  # with the lock: who puts now is to be told, and not to lose what it put
+                    with suppress(Exception):  # Ray does not answer: it is told again
+                        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                        time.sleep(GONE_S)  # with the lock: who puts now is to be told, and not to lose what it put
 
 
 class RayStore:
