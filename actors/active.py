@@ -53,8 +53,11 @@ class ActiveCall:
     def left_s(self, at_least_if_late: float) -> float:
         """How long it will still take, as far as foreseen.
 
-        Of a call that has run longer than foreseen nobody knows: as long again, and no less than `at_least_if_late`.
+        Of a call that has run longer than foreseen nobody knows: as long again, and no less than `at_least_if_late`. A
+        call whose tasks all have outcomes is over, although its executor may not have said so yet, on busy cores.
         """
+        if self.entry.is_finished:
+            return 0.0
         ran_s, estimate_s = time.monotonic() - self.entry.started_at, self.entry.call.estimate_s
         is_late = ran_s > max(estimate_s, HOLDS_UP_S)
         return max(ran_s, at_least_if_late) if is_late else max(0.0, estimate_s - ran_s)

@@ -116,7 +116,7 @@ class RedisStore:
 
     def read(self, url: str, size_bytes: int | None, most_bytes: int) -> Iterator[Any]:
         """As `Store.read`."""
-        size, name = known_size(url, size_bytes), name_in(url)
+        name, size = name_in(url), known_size(url, size_bytes)
         for number, key in enumerate(self._keys(name, size)):
             try:
                 piece = (shelf and shelf.piece(name, number)) or self._ask(self._client.get, key)

@@ -8,6 +8,7 @@ is killed.
 import ctypes
 import importlib.util
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,12 @@ def redis_binary() -> str:
 
 
 def free_port() -> int:
-    """A TCP port on loopback nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port nobody has now: below those the kernel gives to connections, above those Ray gives to its workers."""
+    for port in random.sample(range(20_000, 32_768), 1000):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("", port))
+            return port
+    raise StandaloneFailed("no TCP port is free between 20000 and 32767")
 
 
 def count_gpus() -> int:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.services import ROOT, RayCluster, RayNode, RedisServer, free_port
+from tests.support.services import ROOT, RayCluster, RayNode, RedisServer
 
 NOWHERE = {"BRIDGE_RAY_ADDRESS": "127.0.0.1:1", "BRIDGE_CONNECT_WAIT_S": "0.2"}
 
@@ -88,8 +88,7 @@ def test_wrong_password_no_cluster_and_a_variable_that_breaks_tasks(environment,
 def test_careless_settings_of_app_and_redis(environment, tmp_path):
     server = RedisServer(tmp_path)
     (tmp_path / "other").mkdir()
-    port = next(port for port in iter(free_port, None) if port + 10_000 < 65_536)  # where its nodes would talk
-    clustered = RedisServer(tmp_path / "other", port=port, options=["cluster-enabled yes"])
+    clustered = RedisServer(tmp_path / "other", options=["cluster-enabled yes"])
     try:
         server.client.config_set("maxmemory-policy", "allkeys-lru")
         server.client.config_set("maxmemory", 100_000_000)

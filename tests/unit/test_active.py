@@ -141,3 +141,14 @@ def test_a_broken_device_counts_against_the_task_whatever_execution_of_it(make, 
     active = make("2.first")
     begin(executor, 0)
     assert active.blame_device(breaker, "broke") and breaker.total == 3
+
+
+def test_a_late_call_takes_as_long_again_but_not_once_all_its_tasks_have_outcomes(make):
+    active = make("a", "b")
+    active.entry.started_at -= 20.0
+    active.entry.record(Succeeded("a", b"", 20.0, 1))
+    assert active.left_s(10.0) >= 20.0
+    active.entry.record(Succeeded("b", b"", 0.1, 1))
+    assert active.left_s(10.0) == 0.0, (
+        "or the next call would be sent back while the executor has not said that it is done"
+    )
