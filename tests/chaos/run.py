@@ -101,18 +101,15 @@ class Run:
         for worker in self.cluster.workers.values():
             worker.says("the GPU driver ended", WHOLE_S)
         self.cluster.wait_until_whole(self.app, WHOLE_S)
-        for each in [sent for n in range(WARM_UP) for sent in self._one_of_each(f"warm-up-{n}")]:
-            each.get(timeout=60)
-        del each
-        gc.collect()  # of a chain's and a chord's parts results are left, which ask Redis when they are collected
+        self._use_everything()
+        gc.collect()  # results of parts of chains and chords are left, which ask Redis when they are collected
 
-    def _one_of_each(self, name):
-        """Also what sends further messages, for which driver and children connect to the broker."""
-        send, part = self.app.send_task, partial(signature, app=self.app)
-        yield from (send(f"chaos.{kind}", [name]) for kind in ("noop_late", "batch_late", "large", "cpu"))
-        yield send("chaos.retry_late", [name, 1])
-        yield chain(part("chaos.add", [0, name, 1]), part("chaos.cpu_add", [name, 1]), app=self.app).apply_async()
-        yield chord([part("chaos.add", [0, name, n]) for n in (1, 2)], app=self.app)(part("chaos.total", [name]))
+    def _use_everything(self):
+        url = self.cluster.redis.url
+        app = Celery("warm-up", broker=url, backend=url, set_as_current=False)
+        for each in [sent for n in range(WARM_UP) for sent in _one_of_each(app, f"warm-up-{n}")]:
+            each.get(timeout=60)
+        app.close()
 
     def _measure(self):
         return {
@@ -198,6 +195,15 @@ class Run:
             "violations": violations,
             "plan": [fault._asdict() for fault in plan.faults(self.seed, self.seconds)],
         }
+
+
+def _one_of_each(app, name):
+    """Also what sends further messages, for which driver and children connect to the broker."""
+    send, part = app.send_task, partial(signature, app=app)
+    yield from (send(f"chaos.{kind}", [name]) for kind in ("noop_late", "batch_late", "large", "cpu"))
+    yield send("chaos.retry_late", [name, 1])
+    yield chain(part("chaos.add", [0, name, 1]), part("chaos.cpu_add", [name, 1]), app=app).apply_async()
+    yield chord([part("chaos.add", [0, name, n]) for n in (1, 2)], app=app)(part("chaos.total", [name]))
 
 
 def _percentile(values, part):
