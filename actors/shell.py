@@ -187,11 +187,11 @@ class ActorShell:
     def _loop(self) -> None:
         while True:
             with self._lock:
-                is_idle = not (self._entries or self._children.breaker.is_fenced or self._children.is_one_starting())
-                self._leases.drain_if_idle(is_idle)
                 if self._is_over():
                     break
                 self._supply()
+                is_idle = not (self._entries or self._children.breaker.is_fenced or self._children.is_one_starting())
+                self._leases.drain_if_idle(is_idle)  # what has just been supplied is starting
                 self._start_call()
                 self._read_ahead()
                 children = list(self._children)

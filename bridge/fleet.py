@@ -89,8 +89,7 @@ class _Slot:
         self.place = place
         self.handle = handle
         self.is_own = is_own  # asked for by this driver
-        self.heard_at = time.monotonic()
-        self.asked = False  # a hello or beat is on its way
+        self.asked_at: float | None = None  # since when a hello or beat is on its way
         self.greeted = False
         self.pid = 0  # of the actor's process, once heard
         self.ready = False
@@ -118,6 +117,7 @@ class Fleet:
         self._events: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fleet-large")
         self._address = ""
+        self._head = Head.HERE
         self._to_restart: dict[int, int] = {}  # slot -> pid of the actor that is to go
 
     def start(self, notify: Notify, patient: bool) -> None:
@@ -216,6 +216,7 @@ class Fleet:
             self._notify(StartFailed(ClusterNotFound(f"Ray could not be used: {as_text(error)}")))
             return
         watch = HeadWatch(lambda: answers(self._address), lambda: identity(self._address), self._settings.head_wait_s)
+        threading.Thread(target=self._watch_head, args=(watch,), name="head", daemon=True).start()
         next_beat = 0.0
         while True:
             try:
@@ -229,14 +230,17 @@ class Fleet:
                 continue
             except queue.Empty:
                 next_beat = time.monotonic() + self._settings.beat_s
-            head = watch.look()
-            if head is Head.GONE:
-                self._notify(ClusterLost())
-                return
-            if head is Head.HERE:  # with the head away a look-up would hang
+            if self._head is Head.HERE and answers(self._address):  # with the head away a look-up would hang
                 self._guard(self._restart_next)
                 self._guard(self._beat)
             self._guard(self._ask_all)  # actors hear and answer without a head
+
+    def _watch_head(self, watch: HeadWatch) -> None:
+        """On a thread of its own, for a beat in the middle of which the head goes hangs until Ray itself gives up."""
+        while self._head is not Head.GONE:
+            time.sleep(self._settings.beat_s)
+            self._head = watch.look()
+        self._notify(ClusterLost())
 
     def _guard(self, step: Callable[..., None], *args: Any) -> None:
         """One step of the helper; an error in it must not end the beats for good."""
@@ -293,7 +297,7 @@ class Fleet:
         for slot, known in list(self._slots.items()):
             self._ask(slot, known)
             has_left = not known.greeted and known.place.number >= self._bounds[known.place.accelerator].most
-            if known.asked and time.monotonic() - known.heard_at > SILENT_S and not has_left:
+            if known.asked_at is not None and time.monotonic() - known.asked_at > SILENT_S and not has_left:
                 self._notify(SlotChanged(slot, None, "does not answer" if known.greeted else waits))
 
     def _look_at_cluster(self) -> None:
@@ -405,9 +409,9 @@ class Fleet:
         return actor.options(**options).remote(place.slot(self._needs), limits)
 
     def _ask(self, number: int, slot: _Slot) -> None:
-        if slot.asked:
+        if slot.asked_at is not None:
             return
-        slot.asked = True
+        slot.asked_at = time.monotonic()
         if slot.greeted:
             ref = slot.handle.health.remote(self._driver, self._config.release.id)
         else:
@@ -418,8 +422,7 @@ class Fleet:
         slot, answer = said
         if self._slots.get(number) is not slot:
             return  # released meanwhile, and perhaps another's by now
-        slot.asked = False
-        slot.heard_at = time.monotonic()
+        slot.asked_at = None
         slot.ready = isinstance(answer, Health) and answer.state is ActorState.READY
         slot.fenced = isinstance(answer, Health) and answer.state is ActorState.FENCED
         if isinstance(answer, Health):

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
+import psutil
 import pytest
 
 from tests.acceptance.test_startup import run, the_line
@@ -115,9 +117,13 @@ def test_a_head_that_moves_wants_workers_started_anew_and_nothing_is_lost(pair, 
     """The last test of that worker: it goes on asking the address it was started with, and says so."""
     ray, moved = pair
     log = tmp_path / "log"
+    next(each for each in psutil.Process(ray.pid).children(True) if each.name() == "gcs_server").suspend()
+    due = time.monotonic() + 1.0
+    wait_for(lambda: time.monotonic() > due, "a beat of 0.2 s to hang in the middle of a question")
     kill_all_of(ray)
     sent = [producer.send_task("shop.records", [str(log), str(number)], queue="pair") for number in range(3)]
-    moved.says(f"no Ray cluster: nothing answers at {ray.address}; GPU tasks wait until there is one; if its head has")
+    said = f"no Ray cluster: nothing answers at {ray.address}; GPU tasks wait until there is one; if its head has"
+    moved.says(said, 45)  # Ray itself would give up after 60 s
     assert producer.send_task("shop.unmarked", [[1, 2]], queue="pair").get(**GET)[1] == 3
     assert moved.stop() == 0, moved.output[-3000:]
     shop = [f"shop@{socket.gethostname()}"]  # a worker that was started with another head's address

@@ -1493,7 +1493,7 @@ def test_behind_a_late_call_whose_end_recedes_a_call_that_knows_stays(driver, pa
 
 
 def test_an_idle_actor_ends_when_its_drivers_know_it(folder, new_driver):
-    driver = new_driver(keep_idle_s=0.2).hello(make_config(folder))
+    driver = new_driver(keep_idle_s=0.5).hello(make_config(folder))
     wait_for(lambda: driver.shell._leases.is_closing, "the idle actor to close")
     assert not driver.abandoned.wait(2 * leases.REPLY_LEAVES_S), "a call may be on its way"
     late = Call(uuid.uuid4().hex, driver.id, driver.config.release.id, (task("echo", 1),), 0.001)
@@ -1503,7 +1503,7 @@ def test_an_idle_actor_ends_when_its_drivers_know_it(folder, new_driver):
 
 
 def test_an_actor_with_work_is_not_idle(folder, new_driver, path, gate):
-    driver = new_driver(keep_idle_s=0.2).hello(make_config(folder))
+    driver = new_driver(keep_idle_s=0.5).hello(make_config(folder))
     held = driver.send(task("hold", path, gate))
     wait_for(exists(path), "the body to run")
     for _ in range(5):
