@@ -256,8 +256,15 @@ def test_pool_grow_and_shrink_are_about_children(worker, producer, send, inspect
     def children():
         return len(inspect().stats()[NAME]["pool"]["processes"])
 
+    def used():
+        results = [send("unmarked", [1, n]) for n in range(6)]
+        pids.update(result.get(**GET)[0] for result in results)
+        return len(pids) == 3
+
     producer.control.pool_grow(2, destination=[NAME], reply=True, timeout=20)
     wait_for(lambda: children() == 3, "two more children")
+    pids = set()
+    wait_for(used, "each to run something: one that still starts would not hear that it is to end")
     assert inspect().stats()[NAME]["pool"]["gpu"]["slots"] == 48
     assert [result.get(**GET) for result in [send("add", 1, n) for n in range(9)]] == [1 + n for n in range(9)]
     producer.control.pool_shrink(2, destination=[NAME], reply=True, timeout=20)

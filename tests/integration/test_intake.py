@@ -137,7 +137,7 @@ def nothing_stays(intake):
         assert intake.take(good(name)) == [name], "a good message is taken as before"
 
 
-def good(name, **headers):
+def good(name, /, **headers):
     body = hostile.encoded([[7], {}, {}])
     return hostile.envelope(QUEUE, {"task": name, "id": str(uuid.uuid4()), **headers}, body)
 
