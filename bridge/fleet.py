@@ -239,15 +239,18 @@ class Fleet:
         """On a thread of its own, for a beat in the middle of which the head goes hangs until Ray itself gives up."""
         while self._head is not Head.GONE:
             time.sleep(self._settings.beat_s)
-            self._head = watch.look()
+            self._guard(self._look_at_head, watch)
         self._notify(ClusterLost())
 
+    def _look_at_head(self, watch: HeadWatch) -> None:
+        self._head = watch.look()
+
     def _guard(self, step: Callable[..., None], *args: Any) -> None:
-        """One step of the helper; an error in it must not end the beats for good."""
+        """One step of a thread of ours; an error in it must not end what that thread does for good."""
         try:
             step(*args)
         except Exception:
-            logger.exception("a look at the GPU actors failed; it is tried again")
+            logger.exception("a look at the cluster or its GPU actors failed; it is tried again")
 
     def _find(self, patient: bool) -> str:
         """The head's address, once something listens there."""
