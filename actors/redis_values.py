@@ -3,8 +3,7 @@
 import socket
 import struct
 
-#: One value in Redis; a larger array is kept in several, for Redis serves nobody else while it sends one. redis-py's
-#: parser copies each four times in buffers of this size: with 4 MiB, or several values at once, reading costs twice.
+#: One value in Redis; a larger array is kept in several, for Redis serves nobody else while it sends one.
 CHUNK_BYTES = 1 << 20
 #: What keys of data begin with, after the app's own prefix.
 KEY = "bridge-data-"
@@ -30,16 +29,16 @@ def get_into(sock: socket.socket, key: str, target: memoryview) -> bool:
     """Have Redis send a value into `target`.
 
     Args:
-        sock: a connection that waits; see `wait_at_most`.
+        sock: a connection on which no answer is due.
         key: of the value.
         target: of the value's size in bytes.
 
     Returns:
         Whether it is filled. If not, there is no such value, or not of that size, or Redis has said something else or
-        nothing in time: the connection is of no more use then, and `target` may hold anything.
+        nothing: the connection is of no more use then, and `target` may hold anything.
 
     Raises:
-        OSError: as the socket says.
+        OSError: as the socket says; TimeoutError where it has a time-out.
     """
     name = key.encode()
     sock.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name))
@@ -50,8 +49,17 @@ def get_into(sock: socket.socket, key: str, target: memoryview) -> bool:
         if not more:
             return False
         head += more
-    return (
-        head == expected
-        and sock.recv_into(target, 0, socket.MSG_WAITALL) == target.nbytes
-        and sock.recv(len(_END), socket.MSG_WAITALL) == _END
-    )
+    end = bytearray(len(_END))
+    return head == expected and _fill(sock, target) and _fill(sock, memoryview(end)) and end == _END
+
+
+def _fill(sock: socket.socket, target: memoryview) -> bool:
+    """Whether so many bytes came; a socket that waits by itself is asked once for all of them."""
+    if sock.gettimeout() is None:
+        return sock.recv_into(target, 0, socket.MSG_WAITALL) == target.nbytes
+    while target:
+        count = sock.recv_into(target)
+        if not count:
+            return False
+        target = target[count:]
+    return True

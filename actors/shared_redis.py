@@ -6,6 +6,8 @@ loop.
 """
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import redis
@@ -19,8 +21,8 @@ from redis.retry import Retry
 ANSWER_S = 2.0
 #: A connection that went stale is made anew once; all that is asked may be asked twice without harm.
 RETRIES = 1
-#: Taken from a socket at once, in bytes: redis-py's own number, good for small answers.
-READ_BYTES = 1 << 16
+#: What its connections have beside what the app says: nothing.
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class SharedRedis(NamedTuple):
@@ -36,25 +38,25 @@ def uses_redis(app: Any) -> bool:
     return isinstance(_backend(app), RedisBackend) or _is_redis(app.connection_for_write())
 
 
-def shared_redis(app: Any, answer_s: float = ANSWER_S, read_bytes: int = READ_BYTES) -> SharedRedis | None:
+def shared_redis(app: Any, answer_s: float = ANSWER_S, options: Mapping[str, Any] = NO_OPTIONS) -> SharedRedis | None:
     """Its client, or None where neither result backend nor broker is Redis.
 
     Args:
         app: the Celery app.
         answer_s: how long one connect, one write or one answer may take.
-        read_bytes: how much is taken from the socket at once.
+        options: of redis-py's connections, beside the app's.
 
     Raises:
         Exception: the broker is Redis and does not answer; kombu asks it when a channel is made.
     """
     backend = _backend(app)
     if isinstance(backend, RedisBackend):
-        shared = _of_backend(backend, answer_s, read_bytes)
+        shared = _of_backend(backend, answer_s, options)
     else:
         connection = app.connection_for_write()
         if not _is_redis(connection):
             return None
-        shared = _of_broker(connection, answer_s, read_bytes)
+        shared = _of_broker(connection, answer_s, options)
     shared.client.set_retry(Retry(NoBackoff(), RETRIES))
     return shared
 
@@ -70,20 +72,22 @@ def _is_redis(connection: Any) -> bool:
     return bool(connection.transport.driver_type == "redis")
 
 
-def _of_backend(backend: RedisBackend, answer_s: float, read_bytes: int) -> SharedRedis:
+def _of_backend(backend: RedisBackend, answer_s: float, options: Mapping[str, Any]) -> SharedRedis:
     parameters = copy.copy(backend.connparams)
     for name in ("socket_timeout", "socket_connect_timeout"):
         if name in parameters:  # a Unix socket takes no time to connect, and no such parameter
             parameters[name] = answer_s
-    parameters["socket_read_size"] = read_bytes
+    parameters |= options
     prefix = bytes_to_str(backend.task_keyprefix).removesuffix(RedisBackend.task_keyprefix)
     return SharedRedis(backend._create_client(**parameters), prefix, maybe_sanitize_url(backend.as_uri()))
 
 
-def _of_broker(connection: Any, answer_s: float, read_bytes: int) -> SharedRedis:
+def _of_broker(connection: Any, answer_s: float, options: Mapping[str, Any]) -> SharedRedis:
     connection.transport_options |= {
         "socket_timeout": answer_s, "socket_connect_timeout": answer_s, "max_retries": RETRIES, "interval_start": 0,
     }  # fmt: skip
     channel = connection.default_channel
-    channel.pool.connection_kwargs["socket_read_size"] = read_bytes
+    channel.pool.connection_kwargs |= options
+    channel.pool.disconnect()
+    channel.pool.reset()  # kombu has made one without them, to see whether it is answered
     return SharedRedis(redis.Redis(connection_pool=channel.pool), channel.global_keyprefix, connection.as_uri())

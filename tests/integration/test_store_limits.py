@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import redis
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
@@ -167,19 +166,27 @@ def test_who_has_heard_its_soft_limit_may_store_what_it_has(driver, store, hangs
     assert isinstance(sent.outcomes()[0], Succeeded)
 
 
-def test_an_answer_that_an_interrupt_has_left_is_not_the_next_ones(store, stores, hangs, monkeypatch):
+def test_an_answer_that_an_interrupt_has_left_is_not_the_next_ones(store, stores, hangs):
     store.signal(signal.SIGCONT)
     refs = [stores.put(numpy.full(10, number)) for number in range(2)]
     store.signal(signal.SIGSTOP)
-    send = redis.Connection.send_packed_command
 
-    def interrupted(*args, **kwargs):
-        send(*args, **kwargs)
+    def interrupt(*_):
         raise SoftTimeLimitExceeded
 
-    with monkeypatch.context() as patch, pytest.raises(SoftTimeLimitExceeded):
-        patch.setattr(redis.Connection, "send_packed_command", interrupted)
-        stores.get(refs[0])
+    def interrupt_when_asked(before):
+        wait_for(lambda: is_asked(store) > before, "the question")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+
+    previous = signal.signal(signal.SIGUSR2, interrupt)
+    try:
+        watch = threading.Thread(target=interrupt_when_asked, args=(is_asked(store),))
+        watch.start()
+        with pytest.raises(SoftTimeLimitExceeded):
+            stores.get(refs[0])
+        watch.join()
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
     before, found = is_asked(store), []
     thread = threading.Thread(target=lambda: found.append(stores.get(refs[1])))
     thread.start()

@@ -7,6 +7,7 @@ import ssl
 
 import numpy
 import pytest
+import redis
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 from fsspec.implementations.local import LocalFileSystem
@@ -99,6 +100,69 @@ def test_a_part_that_is_gone(in_redis, server):
     server.client.delete(server.client.keys("*-1")[0])
     with pytest.raises(DataLost, match="is not in Redis"):
         in_redis.get(ref)
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize(
+    ("instead", "error", "text"),
+    [
+        (bytes(47), DataCorrupt, "48 bytes"),
+        (bytes(49), DataCorrupt, "48 bytes"),
+        (bytes(48), DataCorrupt, "another checksum"),
+        (b"", DataCorrupt, "48 bytes"),
+        (None, DataLost, "is not in Redis"),
+        (["a list"], StoreUnavailable, "WRONGTYPE"),
+    ],
+)
+def test_what_is_there_instead(server, protocol, instead, error, text):
+    """The same as with redis-py's own reading, and what is said on that connection is not the next one's answer."""
+    server.client.flushall()
+    in_redis = stores(f"{server.url}?protocol={protocol}")
+    ref, other = in_redis.put(ARRAY), in_redis.put(2 * ARRAY)
+    (key,) = server.client.keys(f"*{ref.url.partition(':')[2]}*")
+    server.client.delete(key)
+    if isinstance(instead, list):
+        server.client.rpush(key, *instead)
+    elif instead is not None:
+        server.client.set(key, instead)
+    for _ in range(2):
+        with pytest.raises(error, match=text):
+            in_redis.get(ref)
+        assert (in_redis.get(other) == 2 * ARRAY).all()
+
+
+@pytest.mark.parametrize("where", ["url", "backend", "broker"])
+def test_bytes_are_not_copied_on_their_way(server, where, monkeypatch):
+    """Neither redis-py's packer in C nor its parser sees them; both take copies, which are most of what 1 MiB costs."""
+    app = Celery(
+        broker=server.url if where == "broker" else "memory://",
+        backend=server.url if where == "backend" else None,
+        set_as_current=False,
+    )
+    in_redis = Stores(app, StoreConfig(server.url if where == "url" else None, (), timeout_s=LONG_S))
+    sent = []
+    send = redis.Connection.send_packed_command
+
+    def sending(self, pieces, *args, **kwargs):
+        sent.extend(pieces)
+        send(self, pieces, *args, **kwargs)
+
+    monkeypatch.setattr(redis.Connection, "send_packed_command", sending)
+    array = numpy.arange(3 * CHUNK_BYTES // 16)
+    ref = in_redis.put(array)
+    views = [each for each in sent if isinstance(each, memoryview)]
+    assert [each.nbytes for each in views] == [CHUNK_BYTES, CHUNK_BYTES // 2]
+    assert all(numpy.shares_memory(numpy.frombuffer(each, numpy.uint8), array) for each in views)
+    sent.clear()
+    assert (in_redis.get(ref) == array).all()
+    assert not any(b"GET" in each for each in sent)
+
+
+def test_a_connection_that_has_gone_meanwhile_is_made_anew(in_redis, server):
+    ref = in_redis.put(ARRAY)
+    for _ in range(2):
+        server.client.client_kill_filter(_type="normal", skipme=True)
+        assert (in_redis.get(ref) == ARRAY).all()
 
 
 def test_the_limit_holds_on_both_sides(server):
