@@ -88,6 +88,4 @@ def _of_broker(connection: Any, answer_s: float, options: Mapping[str, Any]) -> 
     }  # fmt: skip
     channel = connection.default_channel
     channel.pool.connection_kwargs |= options
-    channel.pool.disconnect()
-    channel.pool.reset()  # kombu has made one without them, to see whether it is answered
     return SharedRedis(redis.Redis(connection_pool=channel.pool), channel.global_keyprefix, connection.as_uri())

@@ -64,6 +64,16 @@ def from_seed(name: str, title: str, folder: str, pool: str) -> Approach:
     )
 
 
+#: What a call costs that Ray alone makes.
+PLAIN_RAY = Approach(
+    "plain-ray",
+    "plain Ray calls, no queue, no results",
+    ("benchmarks.apps.plain_ray",),
+    needs_ray=True,
+    actor_title="ray::PlainNoop",
+    is_celery=False,
+)
+
 #: The approaches of `benchmarks.noop`.
 APPROACHES = (
     prefork("benchmarks.apps.plain"),
@@ -86,14 +96,7 @@ APPROACHES = (
         is_celery=False,
     ),
     bridge("benchmarks.apps.bridge_noop"),
-    Approach(
-        "plain-ray",
-        "plain Ray calls, no queue, no results",
-        ("benchmarks.apps.plain_ray",),
-        needs_ray=True,
-        actor_title="ray::PlainNoop",
-        is_celery=False,
-    ),
+    PLAIN_RAY,
     from_seed("subprocess", "seed: subprocess per call", "subprocess_per_call", "prefork"),
     from_seed("queue", "seed: process and queue per call", "queue_per_call", "threads"),
 )

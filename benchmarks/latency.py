@@ -1,7 +1,8 @@
 """`python -m benchmarks.latency`: how much longer than on prefork does one task take alone, and where does it spend it?
 
-Both lanes are called in turn, call by call, so that noise hits both alike. The steps of the bridge's way are marked in
-its processes; a mark costs some microseconds, so the sum is a little too long.
+All lanes are called in turn, call by call, so that noise hits all alike; also a plain Ray call, which takes twice as
+long here as it does right after another one. The steps of the bridge's way are marked in its processes; a mark costs
+some microseconds, so the sum is a little too long.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot
-from benchmarks.approaches import Approach, bridge, prefork
+from benchmarks.approaches import PLAIN_RAY, Approach, bridge, prefork
 from benchmarks.records import Record, across, over, pooled, record_table, summary_of
 from benchmarks.report import show, table
 from benchmarks.run import Benchmark, Conclusion, Size, main
@@ -20,7 +21,7 @@ from benchmarks.samples import percentile
 from benchmarks.session import Session, say
 from benchmarks.targets import at_most
 
-APPROACHES = (bridge("benchmarks.apps.traced_noop"), prefork("benchmarks.apps.plain"))
+APPROACHES = (bridge("benchmarks.apps.traced_noop"), prefork("benchmarks.apps.plain"), PLAIN_RAY)
 TITLES = {a.name: a.title for a in APPROACHES}
 COLUMNS = {"p05_ms": "p05 ms", "p50_ms": "p50 ms", "p95_ms": "p95 ms"}
 #: In the order of a task's way.
@@ -69,7 +70,7 @@ class Latency(Benchmark):
             self._trace.unlink(missing_ok=True)
 
     def conclude(self) -> Conclusion:
-        """Both lanes, the way step by step, and what is between them."""
+        """All lanes, the way step by step, and what is between the bridge and prefork."""
         rows, before = [], None
         for step in STEPS:
             at = over(self.records, "bridge", step)
@@ -83,7 +84,7 @@ class Latency(Benchmark):
         return Conclusion(text, targets, summary_of(self.records), [r.model_dump() for r in self.records])
 
     def draw(self, pyplot: Any, about: Mapping[str, Any]) -> Any:
-        """Both distributions, and the steps as bars from the moment of sending."""
+        """All distributions, and the steps as bars from the moment of sending."""
         made, (left, right) = plot.figure(pyplot, 2, about, self.title)
         for lane in TITLES:
             if values := pooled(self.records, lane, "ms"):

@@ -113,6 +113,7 @@ def test_a_part_that_is_gone(in_redis, server):
         (None, DataLost, "is not in Redis"),
         (["a list"], StoreUnavailable, "WRONGTYPE"),
     ],
+    ids=["shorter", "longer", "other bytes", "empty", "nothing", "a list"],
 )
 def test_what_is_there_instead(server, protocol, instead, error, text):
     """The same as with redis-py's own reading, and what is said on that connection is not the next one's answer."""
