@@ -86,9 +86,9 @@ class Latency(Benchmark):
     def draw(self, pyplot: Any, about: Mapping[str, Any]) -> Any:
         """All distributions, and the steps as bars from the moment of sending."""
         made, (left, right) = plot.figure(pyplot, 2, about, self.title)
-        for lane in TITLES:
+        for lane, colour in zip(TITLES, plot.SERIES, strict=False):
             if values := pooled(self.records, lane, "ms"):
-                plot.share_below(left, values, plot.colour_of(lane), TITLES[lane])
+                plot.share_below(left, values, colour, TITLES[lane])
         left.set_xlim(
             0, 2 * max((percentile(pooled(self.records, r.lane, "ms"), 0.5) for r in self.records), default=1)
         )
