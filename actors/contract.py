@@ -13,7 +13,7 @@ from actors.ahead import Place, Wanted
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.
-PROTOCOL = 11
+PROTOCOL = 12
 
 #: Tasks in one call, at most; a batch cannot be larger.
 MAX_TASKS = 4096

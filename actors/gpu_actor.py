@@ -67,9 +67,9 @@ class GpuActor:
         self._shell.cancel(call_id, tokens, how)
 
     @ray.method(concurrency_group="control")
-    def forget(self, call_id: str) -> None:
+    def forget(self, call_id: str, tokens: list[str]) -> None:
         """See `ActorShell.forget`."""
-        self._shell.forget(call_id)
+        self._shell.forget(call_id, tokens)
 
     @ray.method(concurrency_group="control")
     def drain(self) -> None:

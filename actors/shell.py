@@ -158,10 +158,17 @@ class ActorShell:
             self._leases.drain()
             self._waker.wake()
 
-    def forget(self, call_id: str) -> None:
-        """Drop a call whose reply was lost on its way: nobody will ask for it again."""
+    def forget(self, call_id: str, tokens: list[str]) -> None:
+        """Drop a call whose reply was lost on its way: nobody will ask for it again.
+
+        Args:
+            call_id: of the call.
+            tokens: tasks whose outcomes its driver has not heard of; it may still fetch large ones of others.
+        """
         with self._lock:
             self._early_cancels.pop(call_id, None)
+            for token in tokens:
+                self._large.pop(token, None)
             entry = self._entries.get(call_id)
             if entry is not None:
                 self._drop_entry(entry, "its reply was lost")

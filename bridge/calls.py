@@ -90,7 +90,7 @@ class Calls:
         actor, call = self.unanswered[call_id]
         if reply is None:
             self._events += self._roster.lose(actor, reason)
-            self._fleet.forget(actor, call_id)
+            self._fleet.forget(actor, call_id, [task.token for task in call.tasks])
             reply = Reply(tuple(Failed(t.token, without, without.name, reason) for t in call.tasks), 0.0)
         elif isinstance(reply, Busy):
             self._put_back(call_id, actor, call, reply.reason)

@@ -149,9 +149,15 @@ class Fleet:
         """Withdraw or interrupt tasks of a call; their outcomes say what became of them."""
         self._say(slot, "cancel", call, tokens, how)
 
-    def forget(self, slot: int, call: str) -> None:
-        """A call's answer is lost: should its actor live, it must not keep what nobody will ask for again."""
-        self._say(slot, "forget", call)
+    def forget(self, slot: int, call: str, tokens: list[str]) -> None:
+        """A call's answer is lost: should its actor live, it must not keep what nobody will ask for again.
+
+        Args:
+            slot: the actor.
+            call: id of the call.
+            tokens: tasks of which nothing has been heard.
+        """
+        self._say(slot, "forget", call, tokens)
 
     def _say(self, slot: int, method: str, *args: Any) -> None:
         """Tell an actor something that has no answer; one that is gone need not hear it."""

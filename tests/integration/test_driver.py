@@ -40,8 +40,8 @@ class SaidFleet:
     def cancel(self, slot, call, tokens, how):
         self.cancelled += tokens
 
-    def forget(self, slot, call):
-        self.forgotten.append(call)
+    def forget(self, slot, call, tokens):
+        self.forgotten.append((call, tokens))
 
     def want(self, accelerators):
         self.wanted = accelerators
@@ -356,7 +356,16 @@ def test_an_actor_whose_reply_was_lost_is_told_to_forget_the_call(lab):
     """It may live: then it would keep the outcomes for ever, and never be idle."""
     call = shared_call(lab, 1)
     lab.event(Replied(call.id, None, "the connection was reset"))
-    assert lab.fleet.forgotten == [call.id]
+    assert lab.fleet.forgotten == [(call.id, [call.tasks[0].token])]
+
+
+def test_large_outcomes_that_are_on_their_way_are_not_forgotten_with_their_call(lab):
+    call = shared_call(lab, 2)
+    heard, unheard = (each.token for each in call.tasks)
+    lab.event(Replied(call.id, Reply((Large(heard, 10), Pending(unheard, False)), 0.0), ""))
+    assert lab.fleet.fetched == [heard]
+    lab.event(Replied(call.id, None, "the connection was reset"))
+    assert lab.fleet.forgotten == [(call.id, [unheard])]
 
 
 def waits_for(lab, cluster_wait_s):

@@ -1517,9 +1517,23 @@ def test_an_actor_with_work_is_not_idle(folder, new_driver, path, gate):
 def test_a_call_whose_reply_was_lost_is_forgotten(driver, path, gate):
     lost = driver.send(task("hold", path, gate))
     wait_for(exists(path), "the body to run")
-    driver.shell.forget(lost.call.id)
+    driver.shell.forget(lost.call.id, [each.token for each in lost.call.tasks])
     assert driver.value("echo", 2) == 2, "its body was interrupted"
     assert not driver.shell._entries
+
+
+def test_large_outcomes_whose_reply_was_lost_are_not_kept(folder, new_driver):
+    """Its driver never asks for them, and the actor could not end; those it has heard of, it may still fetch."""
+    driver = new_driver(inline_bytes=0).hello(make_config(folder))
+    driver.value("echo", 0)
+    call = call_of(driver, 0.1, 0.0, task("echo", 1), task("echo", 2))
+    driver.shell.run(call, wait_s=60.0)
+    while len(driver.shell._large) < 2:
+        driver.shell.collect(call, 60.0)
+    heard, unheard = (each.token for each in call.tasks)
+    driver.shell.forget(call.id, [unheard])
+    assert list(driver.shell._large) == [heard]
+    driver.shell.fetch(heard)
 
 
 def test_large_outcomes_of_a_call_that_was_dropped_are_not_kept(folder, new_driver, path, gate):
