@@ -9,7 +9,7 @@ import signal
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
-from actors.ahead import Place, Wanted
+from actors.data.ahead import Place, Wanted
 from actors.frames import Part
 
 #: Raised with every incompatible change of this file; an actor of another version is not used.

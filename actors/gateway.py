@@ -56,7 +56,7 @@ class _Delete(NamedTuple):
 
 
 class Lender(Protocol):
-    """What the gateway serves: `actors/ray_store.py`."""
+    """What the gateway serves: `actors/data/ray_store.py`."""
 
     def write(self, data: Any, keep_s: float, is_brief: bool = False) -> str:
         """As `Store.write`; `is_brief` data end with this process."""

@@ -6,7 +6,7 @@ _found: "list[Unopened]" = []
 
 
 class Spec(Protocol):
-    """What a body is to get; `ArraySpec` and `actors/blobs.py` have those there are."""
+    """What a body is to get; `ArraySpec` and `actors/data/blobs.py` have those there are."""
 
     def open(self, source: Any) -> Any:
         """It, on this process's device, from a form or from what is in this process already."""

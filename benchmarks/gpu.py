@@ -45,7 +45,7 @@ print(cold, sorted(warm)[50])
 #: Seconds until the warm-up examples of the photographs' tasks have run, then the first photograph, then a later one.
 KERNELS = """
 import time
-from actors.device import open_device
+from actors.executor.device import open_device
 from celery_app.tasks import images
 device = open_device("cuda", "90%")
 device.warm_up()

@@ -130,7 +130,7 @@ def main(mib: int = 16, rounds: int = 9) -> None:
             await_start(worker, lambda worker=worker: " ready." in worker.log.read_text())  # type: ignore[misc]
         os.environ.update(common, BRIDGE_NAMESPACE="ray-store-ray")  # before ours reads any setting
         from benchmarks.apps.ray_store import app
-        from bridge.cluster import connect
+        from bridge.driver.cluster import connect
 
         connect(cluster.address, "ray-store-ray", 60.0)
         app.set_current()

@@ -14,7 +14,7 @@ import psutil
 import redis
 
 from benchmarks.approaches import ROOT
-from bridge.standalone import free_port, redis_binary
+from bridge.worker.standalone import free_port, redis_binary
 
 #: How long a server may take until it answers, and a process until it has ended, before it is killed.
 START_S, STOP_S = 60.0, 15.0

@@ -10,7 +10,7 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 from celery.bin.control import inspect
 
-from bridge import control  # noqa: F401 - registers the remote commands
+from bridge.worker import control  # noqa: F401 - registers the remote commands
 
 _SHARED = ("timeout", "destination", "json")
 

@@ -21,14 +21,14 @@ from celery import current_app, signals
 from celery.result import allow_join_result
 from kombu.utils.json import register_type
 
-from actors import arrays, handles
-from actors.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
-from actors.blobs import Blob, BlobRef, BlobSpec, InlineBytes
-from actors.errands import DELETE, EXPORT
-from actors.handles import DeviceArray
-from actors.lists import KINDS
-from actors.pictures import Image, ImageSpec
-from actors.stores import Stores
+from actors.data import arrays, handles
+from actors.data.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
+from actors.data.blobs import Blob, BlobRef, BlobSpec, InlineBytes
+from actors.data.handles import DeviceArray
+from actors.data.lists import KINDS
+from actors.data.pictures import Image, ImageSpec
+from actors.data.stores import Stores
+from actors.executor.errands import DELETE, EXPORT
 from bridge import unread
 from bridge.errors import HandleLost
 from bridge.object_store import use_ray

@@ -1,7 +1,7 @@
 """``python -m bridge.health``: asks the workers of this host how they are, for probes, systemd and people.
 
 It must be quick, for it is started every few seconds: only the standard library, no settings, no app, no Ray. A worker
-answers on a private socket in a folder both know (`bridge/health_server.py`); what it says is judged there.
+answers on a private socket in a folder both know (`bridge/worker/health_server.py`); what it says is judged there.
 """
 
 import argparse

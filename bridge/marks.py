@@ -14,7 +14,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from actors.batching import Batch, batch_of
 from actors.bodies import innermost
-from actors.errands import add_errands
+from actors.executor.errands import add_errands
 from bridge.errors import ConfigurationInvalid
 
 logger = get_logger(__name__)

@@ -8,9 +8,9 @@ import threading
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from actors import stores
 from actors.contract import StoreConfig
-from actors.roots import RAY
+from actors.data import stores
+from actors.data.roots import RAY
 from bridge.auth import use_token
 from bridge.errors import StartupError, StoreUnavailable
 from bridge.settings import settings
@@ -34,7 +34,7 @@ def _reach(app: Any, config: StoreConfig) -> Any:
     with _joining:
         if not _is_joined():
             _join(app, config)
-        from actors.ray_store import RayStore
+        from actors.data.ray_store import RayStore
 
         namespace = settings().namespace_of(app)
         return _stores.setdefault(namespace, RayStore(namespace, config))
@@ -52,7 +52,11 @@ def _join(app: Any, config: StoreConfig) -> None:
             "or set BRIDGE_DATA_URL=ray"
         )
     use_token()
-    from bridge.cluster import answers, connect, find_cluster  # loads Ray, which reads once whether it shows a token
+    from bridge.driver.cluster import (  # loads Ray, which reads once whether it shows a token
+        answers,
+        connect,
+        find_cluster,
+    )
 
     try:
         address = find_cluster(settings().ray_address)

@@ -15,17 +15,18 @@ from kombu.asynchronous import get_event_loop, set_event_loop
 from kombu.utils.imports import symbol_by_name
 
 from actors.garbage import settle
-from bridge import control, data  # noqa: F401 - register remote commands and types of messages
-from bridge.banner import Progress, gpu_banner
-from bridge.consumer import hybrid_autoscaler, hybrid_consumer
-from bridge.discards import once_in
-from bridge.drivers import Drivers
+from bridge import data  # noqa: F401 - register remote commands and types of messages
+from bridge.driver.discards import once_in
 from bridge.errors import StartupError, TransportUnsupported
 from bridge.marks import MAPS, is_gpu, marks_of
-from bridge.readiness import clean
 from bridge.settings import settings
-from bridge.supervisor import GpuRequest
-from bridge.vitals import Vitals
+from bridge.worker import control  # noqa: F401 - register remote commands and types of messages
+from bridge.worker.banner import Progress, gpu_banner
+from bridge.worker.consumer import hybrid_autoscaler, hybrid_consumer
+from bridge.worker.drivers import Drivers
+from bridge.worker.readiness import clean
+from bridge.worker.supervisor import GpuRequest
+from bridge.worker.vitals import Vitals
 
 #: Default for BRIDGE_GPU_SLOTS, per driver; a larger batch raises it to thrice its size: one runs, one fills, one is on
 #: its way to a result.

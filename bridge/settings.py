@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from actors.contract import StoreConfig
-from actors.roots import RAY, is_redis
+from actors.data.roots import RAY, is_redis
 from bridge.errors import ConfigurationInvalid
 
 
@@ -154,7 +154,7 @@ class Settings(BaseSettings):
         1 << 33, ge=0, description="data of a namespace in Ray's object store, together, at most; more is refused"
     )
 
-    # how calls are shared between tasks (bridge/scheduler.py)
+    # how calls are shared between tasks (bridge/driver/scheduler.py)
     call_budget_s: float = Field(0.005, gt=0, description="estimated run time up to which tasks share one call")
     call_gap_s: float = Field(0.004, ge=0, description="under load the next call of tiny tasks waits this long")
     call_tasks: int = Field(256, ge=1, le=4096, description="tasks in one shared call, at most; a batch may be larger")

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 from billiard.exceptions import WorkerLostError
 
-from actors import outcomes
 from actors.batching import run_batch
 from actors.bodies import innermost, is_pydantic, replace_innermost
 from actors.contract import Failed, FailureKind, Outcome, Succeeded
+from actors.executor import outcomes
 from actors.validation import checker
 from actors.wishes import Wishes
+from bridge.driver.outcomes import grant, resolve
 from bridge.marks import Mark, find_marks
-from bridge.outcomes import grant, resolve
 
 _TOKEN = "local"
 

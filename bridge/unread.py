@@ -14,7 +14,7 @@ from celery import states
 from kombu.serialization import register
 from kombu.utils import json
 
-from actors.arrays import Form
+from actors.data.arrays import Form
 from bridge.errors import DataError
 
 Read = Callable[[Any], Any]

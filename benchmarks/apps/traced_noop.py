@@ -22,11 +22,11 @@ def noop() -> int:
 
 
 def _trace(path: str) -> None:
-    from bridge.calls import Calls
-    from bridge.driver import Driver
+    from bridge.driver.calls import Calls
+    from bridge.driver.loop import Driver
+    from bridge.driver.results import GroupedResults
     from bridge.link import Link, Run
-    from bridge.redis_channel import GroupedChannel
-    from bridge.results import GroupedResults
+    from bridge.worker.redis_channel import GroupedChannel
 
     trace = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -54,7 +54,7 @@ def _trace(path: str) -> None:
         return "driver has it" if any(isinstance(each, Run) for each in messages) else ""
 
     def trace_fleet() -> str:
-        from bridge.fleet import Fleet  # it loads Ray, which a worker never does
+        from bridge.driver.fleet import Fleet  # it loads Ray, which a worker never does
 
         wrap(Fleet, "submit", before="call leaves", after="Ray has it")
         return ""

@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.support.services import ROOT, Process, wait_for
 
 PROJECT = ROOT / "examples" / "flask_shop"

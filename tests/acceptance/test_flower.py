@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.support.services import Process, Worker, wait_for
 
 APP = "tests.apps.twins:app"

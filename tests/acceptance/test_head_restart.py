@@ -6,8 +6,8 @@ import socket
 import psutil
 import pytest
 
-from bridge.head import VARIABLE
-from bridge.standalone import free_port
+from bridge.driver.head import VARIABLE
+from bridge.worker.standalone import free_port
 from tests.support.heads import TwoNodes, kill_all_of
 from tests.support.services import RedisServer, Worker, inspected, wait_for
 from tests.support.tls import Certificate, TlsProxy

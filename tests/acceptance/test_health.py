@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.acceptance.test_doctor import doctor, text_of
 from tests.support.services import ROOT, RayCluster, RedisServer, Worker, wait_for
 

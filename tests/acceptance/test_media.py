@@ -13,7 +13,7 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from PIL import Image
 
-from actors.blobs import InlineBytes
+from actors.data.blobs import InlineBytes
 from bridge import data, errors
 from bridge.settings import settings
 from tests.apps.media import QUEUE

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import redis
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.support.services import ROOT, RayCluster, Worker, wait_for
 
 JOIN = "import ray; ray.init({address!r}, log_to_driver=False, logging_level=50); print('in with', len(ray.nodes()))"

@@ -152,7 +152,7 @@ def test_a_reference_that_is_not_good_fails_its_task_alone(inside, send, do, fie
 
 def test_what_is_put_expires_and_there_is_only_so_much_room(inside):
     assert inside("""
-from actors.stores import Stores
+from actors.data.stores import Stores
 small = RayStore('tests', StoreConfig(ray_bytes=100))
 kept = small.write(bytes(80), 3600.0)
 try:
@@ -199,7 +199,7 @@ finally:
 def test_errors_of_rays_are_named_in_a_line(inside):
     """As the keeper's own arrive, with a traceback in their text."""
     assert inside("""
-from actors.ray_store import _answers
+from actors.data.ray_store import _answers
 answer = []
 for cause in (ray.exceptions.OutOfDiskError('no space'), OSError(5, 'broken')):
     try:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import redis
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.support.services import ROOT, Worker, wait_for
 
 ROUTED = ROOT / "examples" / "from_seed" / "routed"

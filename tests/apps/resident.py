@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy
 
-from actors import device_results
+from actors.executor import device_results
 from bridge import Gpu, array_module, batched
 from bridge.data import Array
 from tests.apps.base import App

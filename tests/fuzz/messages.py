@@ -16,8 +16,8 @@ with atheris.instrument_imports(include=["bridge", "kombu", "actors"]):
     from kombu.utils.json import loads
 
     from actors.validation import checker
-    from bridge import intake
     from bridge.errors import PayloadInvalid
+    from bridge.worker import intake
 
 from pydantic import BaseModel, conlist
 

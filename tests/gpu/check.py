@@ -59,7 +59,7 @@ def host():
 def device():
     """What the GPU is, asked in a process of its own: this one must not touch CUDA."""
     code = (
-        "import json; from actors.device import open_device; d = open_device('cuda', '90%'); d.warm_up(); "
+        "import json; from actors.executor.device import open_device; d = open_device('cuda', '90%'); d.warm_up(); "
         "print(json.dumps(d.describe()._asdict()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -71,7 +71,7 @@ def device():
 def warmth(rounds=5):
     """Seconds until the first sum on the device: in a new process, and in one that is warm."""
     code = (
-        "import json, time; t = time.perf_counter(); from actors.device import open_device; "
+        "import json, time; t = time.perf_counter(); from actors.executor.device import open_device; "
         "d = open_device('auto', '90%'); xp = d.xp; f = lambda: (float(xp.arange(1e6).sum()), d.synchronize()); f(); "
         "cold = time.perf_counter() - t; ws = []; "
         "[(ws.append(-time.perf_counter()), f(), ws.append(ws.pop() + time.perf_counter())) for _ in range(101)]; "

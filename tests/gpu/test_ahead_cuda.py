@@ -5,8 +5,8 @@ import pytest
 from celery import Celery
 
 from actors.contract import StoreConfig
-from actors.redis_values import CHUNK_BYTES
-from actors.stores import Stores
+from actors.data.redis_values import CHUNK_BYTES
+from actors.data.stores import Stores
 from tests.integration.test_ahead import is_ready, keys_of, taking
 from tests.integration.test_executor import Driver, exists, kinds, make_config, path, task, value  # noqa: F401
 from tests.support.services import RedisServer, wait_for

@@ -5,11 +5,11 @@ import gc
 import numpy
 import pytest
 
-from actors import device
-from actors.device import is_device_array, open_device
-from actors.device_results import DeviceResults
-from actors.leaks import Leaks
-from actors.residents import Residents
+from actors.executor import device
+from actors.executor.device import is_device_array, open_device
+from actors.executor.device_results import DeviceResults
+from actors.executor.leaks import Leaks
+from actors.executor.residents import Residents
 
 MIB = 1 << 20
 

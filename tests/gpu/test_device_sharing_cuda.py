@@ -7,12 +7,12 @@ import time
 import numpy
 import pytest
 
-from actors import device, pinned, residents
+from actors.actor.entries import Limits
+from actors.actor.shell import ActorShell
 from actors.contract import Call, Config, Failed, FailureKind, Pending, Release, Succeeded, TaskCall
-from actors.device import open_device, to_device, to_host
-from actors.entries import Limits
-from actors.residents import Residents, resident
-from actors.shell import ActorShell
+from actors.executor import device, pinned, residents
+from actors.executor.device import open_device, to_device, to_host
+from actors.executor.residents import Residents, resident
 from tests.support.services import wait_for
 
 MIB = 1 << 20

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from actors.actor.entries import Limits
+from actors.actor.shell import ActorShell
 from actors.contract import Call, Config, Failed, FailureKind, Pending, Release, Succeeded, TaskCall
-from actors.entries import Limits
-from actors.shell import ActorShell
 from tests.support.services import wait_for
 
 APP = """

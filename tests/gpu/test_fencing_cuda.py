@@ -4,10 +4,10 @@ import pickle
 
 import pytest
 
-from actors.breaker import BreakerRules
+from actors.actor.breaker import BreakerRules
+from actors.actor.entries import Limits
+from actors.actor.shell import ActorShell
 from actors.contract import Busy, Call, Config, Failed, FailureKind, Pending, Release, TaskCall
-from actors.entries import Limits
-from actors.shell import ActorShell
 from tests.support.services import wait_for
 
 APP = """

@@ -9,7 +9,7 @@ from PIL import Image as pillow
 
 from actors.batching import batch_of, run_batch
 from actors.bodies import innermost
-from actors.device import DeviceUnusable, array_module, open_device
+from actors.executor.device import DeviceUnusable, array_module, open_device
 from celery_app.tasks import arrays, images, linalg, vectors
 
 pytestmark = pytest.mark.gpu

@@ -11,12 +11,12 @@ import numpy
 import pytest
 from celery import Celery
 
-from actors import ahead
-from actors.ahead import Reader, Shelf, Wanted
-from actors.arrays import ArraySpec
 from actors.contract import ActorState, FailureKind, StoreConfig
-from actors.redis_values import CHUNK_BYTES, key_of
-from actors.stores import Stores, worth_reading_ahead
+from actors.data import ahead
+from actors.data.ahead import Reader, Shelf, Wanted
+from actors.data.arrays import ArraySpec
+from actors.data.redis_values import CHUNK_BYTES, key_of
+from actors.data.stores import Stores, worth_reading_ahead
 from actors.unopened import Unopened
 from tests.integration.test_executor import LIMITS, Driver, exists, kinds, make_config, path, task, value  # noqa: F401
 from tests.integration.test_store_limits import is_asked

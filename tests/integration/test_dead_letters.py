@@ -15,11 +15,11 @@ from celery import Celery
 from kombu.serialization import disable_insecure_serializers, enable_insecure_serializers
 
 from actors.contract import LogLine
-from actors.shared_redis import shared_redis
-from bridge.dead_letters import LOG_BYTES, Bounds, Crash, DeadLetters, last_words, letter_of
-from bridge.ledger import Ledger
+from actors.data.shared_redis import shared_redis
+from bridge.dead.replay import NotReplayed, payload_of, replay
+from bridge.driver.dead_letters import LOG_BYTES, Bounds, Crash, DeadLetters, last_words, letter_of
+from bridge.driver.ledger import Ledger
 from bridge.link import Run
-from bridge.replay import NotReplayed, payload_of, replay
 from bridge.settings import settings
 from tests.support.services import RedisServer, wait_for
 
@@ -286,7 +286,7 @@ def test_looks_of_one_turn_are_one_question(ledger, redis_server):
 
 @pytest.mark.parametrize("how", ["gone", "stuck"])
 def test_redis_away_is_an_answer_and_later_it_is_asked_again(ledger, tmp_path, monkeypatch, how):
-    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.2)
+    monkeypatch.setattr("bridge.driver.ledger.AWAY_PAUSE_S", 0.2)
     server = RedisServer(tmp_path)
     book, told = ledger(server.url, server.url)
     book.add("a", {"d.1.0": CRASH}, lambda _: None)
@@ -312,7 +312,7 @@ def test_redis_away_is_an_answer_and_later_it_is_asked_again(ledger, tmp_path, m
 
 
 def test_letters_that_redis_does_not_take_wait_for_it_as_many_as_fit(ledger, tmp_path, namespace, monkeypatch, caplog):
-    monkeypatch.setattr("bridge.ledger.AGAIN_S", 0.2)
+    monkeypatch.setattr("bridge.driver.ledger.AGAIN_S", 0.2)
     server = RedisServer(tmp_path)
     book, told = ledger(server.url, server.url)
     book._bounds = book._bounds._replace(letters=2)
@@ -333,8 +333,8 @@ def test_letters_that_redis_does_not_take_wait_for_it_as_many_as_fit(ledger, tmp
 
 def test_a_task_is_blamed_no_more_as_soon_as_redis_can_be_told(ledger, tmp_path, namespace, monkeypatch, caplog):
     """A success while Redis was away: else a later run would begin at the crashes of earlier ones."""
-    monkeypatch.setattr("bridge.ledger.AGAIN_S", 0.2)
-    monkeypatch.setattr("bridge.ledger.AWAY_PAUSE_S", 0.0)
+    monkeypatch.setattr("bridge.driver.ledger.AGAIN_S", 0.2)
+    monkeypatch.setattr("bridge.driver.ledger.AWAY_PAUSE_S", 0.0)
     server = RedisServer(tmp_path, options=["appendonly yes", "appendfsync always"])
     book, told = ledger(server.url, server.url)
     for name in ("a", "b"):
@@ -360,7 +360,7 @@ def test_a_task_is_blamed_no_more_as_soon_as_redis_can_be_told(ledger, tmp_path,
 
 def test_a_letter_that_redis_never_takes_holds_up_no_other(ledger, redis_server, monkeypatch, caplog):
     """It had waited for Redis, and cannot be written after all."""
-    monkeypatch.setattr("bridge.ledger.AGAIN_S", 0.1)
+    monkeypatch.setattr("bridge.driver.ledger.AGAIN_S", 0.1)
     book, told = ledger(redis_server.url, redis_server.url)
     tried, keep = [], DeadLetters.keep
 

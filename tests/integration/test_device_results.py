@@ -5,11 +5,11 @@ import pickle
 import numpy
 import pytest
 
-from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import FailureKind, StoreConfig
-from actors.errands import DELETE, EXPORT
+from actors.data.arrays import ArrayRef, ArraySpec
+from actors.data.handles import DeviceArray
 from actors.errors import HandleLost, StoreUnavailable
-from actors.handles import DeviceArray
+from actors.executor.errands import DELETE, EXPORT
 from actors.unopened import Unopened
 from tests.integration import test_executor as executors
 from tests.integration.test_executor import exception, value
@@ -18,8 +18,8 @@ from tests.support.services import wait_for
 APP = """
 import numpy
 from celery import Celery
-from actors import device_results
-from actors.device import current_device
+from actors.executor import device_results
+from actors.executor.device import current_device
 from bridge import Gpu
 
 app = Celery("staying", broker="memory://")

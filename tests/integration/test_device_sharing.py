@@ -18,7 +18,7 @@ APP = """
 import ctypes, logging, os, time
 import numpy
 from celery import Celery
-from actors import residents
+from actors.executor import residents
 from bridge import Gpu, batched, resident
 
 app = Celery("sharing", broker="memory://")

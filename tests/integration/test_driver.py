@@ -9,17 +9,18 @@ import pytest
 from billiard.exceptions import WorkerLostError
 from celery import Celery
 
-from actors import arrays
-from actors.arrays import ArrayRef
 from actors.contract import Config, Failed, FailureKind, Large, LogLine, Pending, Release, Reply, Succeeded
+from actors.data import arrays
+from actors.data.arrays import ArrayRef
 from actors.wishes import Wish
-from bridge import fleet, link
+from bridge import link
 from bridge.data import Array
-from bridge.driver import Driver
-from bridge.fleet import Fleet, Replied, SlotChanged
+from bridge.driver import fleet
+from bridge.driver.fleet import Fleet, Replied, SlotChanged
+from bridge.driver.loop import Driver
+from bridge.driver.tracing import prepare
 from bridge.marks import find_marks
 from bridge.settings import settings
-from bridge.tracing import prepare
 
 
 class SaidFleet:
@@ -386,7 +387,7 @@ def test_a_task_given_back_in_this_turn_is_not_failed_for_want_of_an_actor(lab):
 
 
 def test_tasks_that_waited_are_not_refused_in_the_turn_in_which_their_actor_comes(lab, monkeypatch, caplog):
-    monkeypatch.setattr("bridge.waiting.GROW_AFTER_S", 0.0)
+    monkeypatch.setattr("bridge.driver.waiting.GROW_AFTER_S", 0.0)
     waits_for(lab, 0.0)
     lab.send("waits")
     lab.driver._notify(lab.is_ready())

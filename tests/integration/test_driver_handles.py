@@ -4,14 +4,15 @@ import pickle
 
 import pytest
 
-from actors.arrays import ArrayRef
 from actors.contract import Busy, Failed, FailureKind, Reply, Succeeded
-from actors.errands import DELETE, EXPORT
-from actors.handles import DeviceArray
-from bridge import driver as drivers
-from bridge import link, waiting
+from actors.data.arrays import ArrayRef
+from actors.data.handles import DeviceArray
+from actors.executor.errands import DELETE, EXPORT
+from bridge import link
+from bridge.driver import loop
+from bridge.driver import waiting
+from bridge.driver.fleet import Replied, SlotChanged
 from bridge.errors import HandleLost
-from bridge.fleet import Replied, SlotChanged
 from bridge.settings import settings
 from tests.integration.test_driver import Lab
 
@@ -242,7 +243,7 @@ def test_a_result_nobody_waits_for_is_deleted_where_it_is(cluster):
     cluster.actor(0)
     serial = cluster.send("value")
     tasks = cluster.driver._tasks
-    tasks.end(tasks.by_serial[serial], drivers.einfo(RuntimeError("given up")))
+    tasks.end(tasks.by_serial[serial], loop.einfo(RuntimeError("given up")))
     other, given = REF.model_copy(update={"url": "redis:" + "1" * 32}), handle("bb", 0)
     made = [handle("aa", 0, kept=REF), other]
     cluster.answer(done({"x": made, "y": given}, *made))
@@ -256,6 +257,6 @@ def test_a_result_nobody_waits_for_is_deleted_where_it_is(cluster):
 def test_more_actors_are_not_asked_for_while_a_task_waits_for_one_that_is_there(cluster, monkeypatch):
     cluster.actor(0)
     cluster.send(handle("aa", 7))
-    monkeypatch.setattr(drivers, "GROW_AFTER_S", -1.0)
+    monkeypatch.setattr(loop, "GROW_AFTER_S", -1.0)
     cluster.look()
     assert cluster.fleet.wanted == set()

@@ -17,7 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors import children, leases
+from actors.actor import children, leases
+from actors.actor.entries import Limits
+from actors.actor.shell import ActorShell
 from actors.contract import (
     ActorState,
     Busy,
@@ -32,8 +34,6 @@ from actors.contract import (
     Succeeded,
     TaskCall,
 )
-from actors.entries import Limits
-from actors.shell import ActorShell
 from tests.support.services import ROOT, wait_for
 
 LIMITS = Limits(

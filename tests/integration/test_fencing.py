@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors import children
-from actors.breaker import BreakerRules
+from actors.actor import children
+from actors.actor.breaker import BreakerRules
 from actors.contract import ActorState, Busy, FailureKind
 from tests.integration import test_executor as executors
 from tests.integration.test_executor import LIMITS, exists, kinds, make_config, open_gate, value

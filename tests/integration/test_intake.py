@@ -16,8 +16,8 @@ from kombu import Connection
 from kombu.asynchronous.timer import Timer
 from kombu.common import QoS
 
-from bridge.consumer import hybrid_consumer
-from bridge.redis_channel import ask_in_groups
+from bridge.worker.consumer import hybrid_consumer
+from bridge.worker.redis_channel import ask_in_groups
 from tests.support import hostile
 from tests.support.services import wait_for
 

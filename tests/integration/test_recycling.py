@@ -18,7 +18,7 @@ import gc
 import os
 import numpy
 from celery import Celery
-from actors.device import CpuDevice
+from actors.executor.device import CpuDevice
 from bridge import resident
 
 KIB = 1024

@@ -12,9 +12,9 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Producer, Queue
 
-from bridge.redis_channel import GroupedChannel, ask_in_groups
-from bridge.redis_qos import GroupedQoS
-from bridge.taking import READ_BYTES
+from bridge.worker.redis_channel import GroupedChannel, ask_in_groups
+from bridge.worker.redis_qos import GroupedQoS
+from bridge.worker.taking import READ_BYTES
 from tests.support.services import RedisServer, wait_for
 
 FAST = {"polling_interval": 0.05}

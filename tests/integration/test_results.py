@@ -17,11 +17,12 @@ from celery.exceptions import BackendStoreError
 
 from actors.contract import Pending, Reply
 from actors.wishes import Wish
-from bridge import backends, link, results, trouble
-from bridge.backends import can_be_grouped, expiry
+from bridge import link
+from bridge.driver import backends, results, trouble
+from bridge.driver.backends import can_be_grouped, expiry
+from bridge.driver.fleet import Replied
+from bridge.driver.results import GroupedResults
 from bridge.errors import ResultRefused
-from bridge.fleet import Replied
-from bridge.results import GroupedResults
 from bridge.settings import settings
 from tests.integration.test_driver import Lab, shared_call, succeeded
 from tests.support.services import RedisServer, wait_for

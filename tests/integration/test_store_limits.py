@@ -11,9 +11,9 @@ import pytest
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
-from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import ActorState, FailureKind, StoreConfig, Succeeded
-from actors.stores import Stores
+from actors.data.arrays import ArrayRef, ArraySpec
+from actors.data.stores import Stores
 from actors.unopened import Unopened
 from bridge.errors import StoreUnavailable
 from tests.integration.test_executor import Driver, exception, exists, kinds, make_config, path, task  # noqa: F401

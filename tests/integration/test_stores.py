@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from actors.arrays import ArrayRef, Inline
-from actors.blobs import BlobRef
 from actors.contract import StoreConfig
-from actors.device import CpuDevice
-from actors.stores import CHUNK_BYTES, Stores
+from actors.data.arrays import ArrayRef, Inline
+from actors.data.blobs import BlobRef
+from actors.data.stores import CHUNK_BYTES, Stores
+from actors.executor.device import CpuDevice
 from bridge.errors import DataCorrupt, DataLost, DataRefused, StoreUnavailable
 from tests.support.services import RedisServer, free_port
 from tests.support.tls import Certificate

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import redis
 
-from bridge import redis_channel
-from bridge.taking import READ_BYTES, REMEDY, Watch, trial
+from bridge.worker import redis_channel
+from bridge.worker.taking import READ_BYTES, REMEDY, Watch, trial
 from tests.integration.test_redis_channel import Desk, calls, desk, noted, publish, server  # noqa: F401 - fixtures
 from tests.support.services import ROOT, RedisServer, wait_for
 

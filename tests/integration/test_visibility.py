@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from kombu.transport import redis as stock
 
-from bridge.redis_clock import RedisClock
-from bridge.visibility import cautions
+from bridge.worker.redis_clock import RedisClock
+from bridge.worker.visibility import cautions
 from tests.integration.test_redis_channel import calls, desk, noted, publish, server  # noqa: F401 - fixtures
 
 OLD = 1000.0
@@ -132,7 +132,7 @@ def test_a_full_redis_is_said_and_asked_again(server, desk, age, caplog):  # noq
 
 
 def test_many_more_than_one_script_looks_at(server, desk, age, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("bridge.visibility.MOST_TAGS", 7)
+    monkeypatch.setattr("bridge.worker.visibility.MOST_TAGS", 7)
     publish(server.url, range(20))
     one = desk()
     one.drain()

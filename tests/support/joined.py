@@ -47,13 +47,13 @@ def main(address, namespace, app_path):
     from bridge.auth import use_token
 
     use_token()
-    from bridge.cluster import connect
+    from bridge.driver.cluster import connect
 
     connect(address, namespace, 60.0)
     import ray
 
     from actors.contract import StoreConfig
-    from actors.ray_store import RayStore
+    from actors.data.ray_store import RayStore
 
     module, _, name = app_path.partition(":")
     app = getattr(__import__(module, fromlist=[name]), name)

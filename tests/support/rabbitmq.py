@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.support.services import Process, wait_for
 
 PASSWORD = "guest"  # RabbitMQ's own, good on loopback only

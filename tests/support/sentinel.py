@@ -4,7 +4,7 @@ from pathlib import Path
 
 import redis
 
-from bridge.standalone import free_port
+from bridge.worker.standalone import free_port
 from tests.support.services import REDIS, Process, RedisServer, wait_for
 
 NAME = "shop"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import redis
 
-from bridge.standalone import free_port, redis_binary
+from bridge.worker.standalone import free_port, redis_binary
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The Redis of the tests: a program named here instead of the one `--standalone` would start.

@@ -6,8 +6,8 @@ Called in executors only. Nothing of what is tested is replaced: probing, exit c
 import time
 from pathlib import Path
 
-from actors.device import CpuDevice, current_device
-from actors.device_api import DeviceUnusable
+from actors.executor.device import CpuDevice, current_device
+from actors.executor.device_api import DeviceUnusable
 
 
 def break_device(faulty=False):

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from actors.active import HOLDS_UP_S, ActiveCall
-from actors.breaker import Breaker, BreakerRules
+from actors.actor.active import HOLDS_UP_S, ActiveCall
+from actors.actor.breaker import Breaker, BreakerRules
+from actors.actor.entries import Entry
 from actors.contract import EXIT_DEVICE_BROKEN, Call, Failed, FailureKind, Reason, Succeeded, TaskCall
-from actors.entries import Entry
 from actors.journal import Journal
 
 GRACE_S = 5.0

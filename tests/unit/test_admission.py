@@ -3,12 +3,12 @@
 import numpy
 import pytest
 
-from actors import device, residents
-from actors.admission import Admission
-from actors.device import CpuDevice
-from actors.device_results import DeviceResults
-from actors.leaks import Leaks
-from actors.residents import Residents, resident
+from actors.executor import device, residents
+from actors.executor.admission import Admission
+from actors.executor.device import CpuDevice
+from actors.executor.device_results import DeviceResults
+from actors.executor.leaks import Leaks
+from actors.executor.residents import Residents, resident
 
 KIB = 1024
 

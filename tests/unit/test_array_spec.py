@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from pydantic import TypeAdapter, ValidationError
 
-from actors import arrays
-from actors.arrays import Array, ArrayRef, ArraySpec, Inline, Mismatch, read_npy
-from actors.device import CpuDevice
+from actors.data import arrays
+from actors.data.arrays import Array, ArrayRef, ArraySpec, Inline, Mismatch, read_npy
+from actors.executor.device import CpuDevice
 from actors.unopened import Unopened
 
 

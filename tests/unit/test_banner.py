@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from actors.batching import Batch
-from bridge import banner
-from bridge.banner import Progress, gpu_banner
 from bridge.marks import Gpu, Mark
+from bridge.worker import banner
+from bridge.worker.banner import Progress, gpu_banner
 
 DEVICE = {"kind": "cuda", "name": "NVIDIA H200", "memory_bytes": 140 << 30, "libraries": "CuPy 14.2", "note": ""}
 CPU = {"kind": "cpu", "name": "NumPy on CPU", "memory_bytes": 0, "libraries": "NumPy 2", "note": "no NVIDIA driver"}

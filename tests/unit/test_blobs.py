@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image as pillow
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from actors import arrays, pictures, unopened
-from actors.blobs import SIGNATURES, Blob, BlobRef, BlobSpec, InlineBytes
-from actors.pictures import Image, ImageSpec
+from actors import unopened
+from actors.data import arrays, pictures
+from actors.data.blobs import SIGNATURES, Blob, BlobRef, BlobSpec, InlineBytes
+from actors.data.pictures import Image, ImageSpec
 from actors.unopened import Unopened
 
 FILE = b"%PDF-1.7 and more"

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from actors.breaker import Breaker, BreakerRules
+from actors.actor.breaker import Breaker, BreakerRules
 
 RULES = BreakerRules(faults=3, window_s=100.0, good_tasks=10, pauses_s=(5.0, 20.0))
 

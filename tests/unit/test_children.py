@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors import children
-from actors.breaker import BreakerRules
-from actors.children import START_ATTEMPTS, Children
+from actors.actor import children
+from actors.actor.breaker import BreakerRules
+from actors.actor.children import START_ATTEMPTS, Children
 from actors.contract import STEP_DEVICE, ActorState, Config, NotStarted, Ready, Release
 
 

@@ -11,7 +11,7 @@ from kombu.utils import json as kombu_json
 
 from actors import closed, frames
 from actors.closed import SMALL_BYTES, ClosedDict, ClosedList, Texts, split
-from bridge import dead_letters
+from bridge.driver import dead_letters
 from bridge.link import Run
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}

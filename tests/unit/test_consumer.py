@@ -8,8 +8,8 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from celery.worker import state
 
-from bridge import intake
-from bridge.consumer import HybridAutoscaler, HybridConsumer, hybrid_autoscaler, hybrid_consumer
+from bridge.worker import intake
+from bridge.worker.consumer import HybridAutoscaler, HybridConsumer, hybrid_autoscaler, hybrid_consumer
 
 
 class Qos:
@@ -275,7 +275,7 @@ def test_the_autoscaler_counts_cpu_tasks_only(monkeypatch):
         pool = Pool()
 
     requests = [Request("gpu"), Request("cpu"), Request("cpu")]
-    monkeypatch.setattr("bridge.consumer.reserved_requests", requests)
+    monkeypatch.setattr("bridge.worker.consumer.reserved_requests", requests)
     scaler = hybrid_autoscaler(Base)()
     assert isinstance(scaler, HybridAutoscaler)
     assert scaler.qty == 2

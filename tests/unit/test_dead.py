@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from bridge.dead import Unknown, arguments, as_text, chosen, facts, parser, table
-from bridge.dead_letters import Crash, Letter
+from bridge.dead.command import Unknown, arguments, as_text, chosen, facts, parser, table
+from bridge.driver.dead_letters import Crash, Letter
 
 LETTER = Letter(
     id="4f1c-1", task="shop.resize", at=0.0, reason="shop.resize was running each of the 2 times",

@@ -6,8 +6,8 @@ import types
 import numpy
 import pytest
 
-from actors import device
-from actors.device import CpuDevice, CudaDevice, DeviceUnusable, open_device
+from actors.executor import device
+from actors.executor.device import CpuDevice, CudaDevice, DeviceUnusable, open_device
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ import numpy
 import pytest
 from celery import Celery
 
-from actors import device, device_results
 from actors.contract import Holdings
-from actors.device import CpuDevice
-from actors.device_results import DeviceResults
 from actors.errors import HandleLost
+from actors.executor import device, device_results
+from actors.executor.device import CpuDevice
+from actors.executor.device_results import DeviceResults
 
 KIB = 1024
 
@@ -123,7 +123,7 @@ def test_a_row_held_as_a_copy_is_complete_too(results, gpu):
 
 def test_a_body_s_host_array_is_complete_on_the_device_before_it_is_held(gpu, monkeypatch):
     from actors.contract import Config, Release
-    from actors.opening import Opener
+    from actors.executor.opening import Opener
 
     held = []
     monkeypatch.setattr(DeviceResults, "put", lambda *_: held.append(gpu.is_copying) or "ab")

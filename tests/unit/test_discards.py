@@ -6,14 +6,14 @@ import pytest
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.exceptions import Retry
 
-from actors.arrays import ArrayRef
-from actors.blobs import BlobRef
-from bridge import discards
-from bridge.discards import Discards, is_final, once_in
+from actors.data.arrays import ArrayRef
+from actors.data.blobs import BlobRef
+from bridge.driver import discards
+from bridge.driver.discards import Discards, is_final, once_in
+from bridge.driver.tracing import einfo
+from bridge.driver.verdicts import Standing
 from bridge.errors import DataRefused, TaskPoisoned
 from bridge.link import Done, Ended, Flushed, TimedOut
-from bridge.tracing import einfo
-from bridge.verdicts import Standing
 from tests.support.services import wait_for
 
 

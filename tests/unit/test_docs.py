@@ -14,7 +14,8 @@ from celery.bin.celery import celery as celery_command
 from celery.worker.control import Panel
 
 from actors import contract
-from bridge import driver, errors
+from bridge import errors
+from bridge.driver import loop
 from bridge.marks import find_marks
 from bridge.settings import Settings
 
@@ -103,7 +104,7 @@ def test_every_start_up_error_is_in_the_table(error):
     assert f"| {error.exit_code} | `{error.__name__}` |" in read("docs/bring-up.md")
 
 
-@pytest.mark.parametrize(("module", "process"), [(driver, "driver"), (contract, "executor")])
+@pytest.mark.parametrize(("module", "process"), [(loop, "driver"), (contract, "executor")])
 def test_exit_codes_of_other_processes_are_in_the_table(module, process):
     codes = [value for name, value in vars(module).items() if name.startswith("EXIT_")]
     assert codes
@@ -153,10 +154,16 @@ def test_files_and_functions_exist(document):
 
 def test_the_journey_names_every_file_of_a_tasks_way():
     journey = read("docs/journey.md")
-    for file in ("consumer", "pool", "supervisor", "link", "driver", "scheduler", "fleet", "outcomes"):
-        assert f"`bridge/{file}.py`" in journey
-    for file in ("gpu_actor", "shell", "entries", "child", "journal", "executor", "outcomes"):
-        assert f"`actors/{file}.py`" in journey
+    for folder, files in {
+        "bridge": ("pool", "link"),
+        "bridge/worker": ("consumer", "supervisor"),
+        "bridge/driver": ("loop", "scheduler", "fleet", "outcomes"),
+        "actors": ("contract", "journal"),
+        "actors/actor": ("gpu_actor", "shell", "entries", "child"),
+        "actors/executor": ("loop", "runner", "outcomes"),
+    }.items():
+        for file in files:
+            assert f"`{folder}/{file}.py`" in journey
 
 
 def test_the_readmes_example_is_an_app_with_the_marks_it_shows():

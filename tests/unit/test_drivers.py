@@ -3,10 +3,10 @@
 import pytest
 
 from bridge import Gpu, batched
-from bridge import drivers as module
-from bridge.drivers import Drivers
 from bridge.marks import find_marks
 from bridge.settings import Settings
+from bridge.worker import drivers as module
+from bridge.worker.drivers import Drivers
 from tests.apps.base import App
 
 

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from actors.account import Tally
+from actors.actor.account import Tally
+from actors.actor.entries import Entry, lost
 from actors.contract import Call, Failed, FailureKind, Large, Pending, Succeeded, TaskCall
-from actors.entries import Entry, lost
 
 
 def call(*tokens):

@@ -1,6 +1,6 @@
 """Celery events about fenced GPUs: one for each change, none for what is not known."""
 
-from bridge.fence_events import FenceEvents
+from bridge.worker.fence_events import FenceEvents
 
 
 def actor(slot, state):

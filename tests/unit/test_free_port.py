@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from bridge import standalone
 from bridge.errors import StandaloneFailed
-from bridge.standalone import free_port
+from bridge.worker import standalone
+from bridge.worker.standalone import free_port
 
 
 def test_they_are_above_those_of_rays_workers_and_below_those_of_connections():

@@ -8,17 +8,18 @@ from celery import Celery, chain, chord, group
 from kombu.serialization import dumps as encode
 from kombu.serialization import prepare_accept_content
 
-from actors.arrays import ArrayRef, ArraySpec
 from actors.contract import Failed, FailureKind, Succeeded
-from actors.handles import DeviceArray
+from actors.data.arrays import ArrayRef, ArraySpec
+from actors.data.handles import DeviceArray
 from actors.unopened import Unopened
-from bridge import Gpu, errors, handles
-from bridge.errands import Errands
-from bridge.handles import Plan, handles_in, handles_of, may_stay, plan
+from bridge import Gpu, errors
+from bridge.driver import holders
+from bridge.driver.errands import Errands
+from bridge.driver.holders import Plan, handles_in, handles_of, may_stay, plan
+from bridge.driver.orders import TaskWaiting
+from bridge.driver.verdicts import MAX_LOSSES
 from bridge.link import Run
 from bridge.marks import find_marks
-from bridge.orders import TaskWaiting
-from bridge.verdicts import MAX_LOSSES
 
 ACCEPT = prepare_accept_content(["json", "pickle"])
 REF = ArrayRef(url="redis:" + "0" * 32, dtype="<f8", shape=(1,), size_bytes=8)
@@ -96,7 +97,7 @@ def test_handles_are_found_in_a_message(serializer):
 
 
 def test_a_message_without_the_words_is_not_decoded(monkeypatch):
-    monkeypatch.setattr(handles, "loads", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(holders, "loads", lambda *_, **__: pytest.fail("decoded"))
     assert handles_of(run('[["no handle", {"kind": "ref"}], {}, {}]'), ACCEPT) == []
     assert handles_of(run(b'[["a device"], {}, {}]'), ACCEPT) == []
 
@@ -258,7 +259,7 @@ def test_deletions_go_to_each_actor(errands, told):
 def test_what_was_fetched_takes_the_place_of_its_handle():
     there, here = handle("ab"), handle("cd")
     given = ([Unopened(ArraySpec(), there), there], {"x": here})
-    args, kwargs = pickle.loads(handles.dumps(given, {"ab": REF}))
+    args, kwargs = pickle.loads(holders.dumps(given, {"ab": REF}))
     assert args[0].source == REF and args[1] == REF and kwargs == {"x": here}
-    args, _ = pickle.loads(handles.dumps(given, {}))
+    args, _ = pickle.loads(holders.dumps(given, {}))
     assert args[1] == there

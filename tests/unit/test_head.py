@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bridge.head import VARIABLE, Head, HeadWatch, outlast
+from bridge.driver.head import VARIABLE, Head, HeadWatch, outlast
 
 
 class Place:

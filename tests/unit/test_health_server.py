@@ -11,8 +11,8 @@ import pytest
 
 from bridge import health
 from bridge.errors import ConfigurationInvalid
-from bridge.health_server import MOST_REQUESTS, HealthServer
-from bridge.standalone import free_port
+from bridge.worker.health_server import MOST_REQUESTS, HealthServer
+from bridge.worker.standalone import free_port
 from tests.support.services import wait_for
 
 ACCOUNT = {
@@ -97,7 +97,7 @@ def test_a_folder_of_others_is_not_used(server, tmp_path, caplog):
 
 
 def test_slow_clients_take_bounded_room_and_lose_it(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("bridge.health_server.REQUEST_S", 0.5)
+    monkeypatch.setattr("bridge.worker.health_server.REQUEST_S", 0.5)
     server.open_socket(health.folder(), "w@h")
     path, slow = path_of(tmp_path), []
     for _ in range(MOST_REQUESTS):

@@ -25,7 +25,11 @@ def loaded_by(statement):
 
 @pytest.mark.parametrize(
     "module",
-    ["bridge, bridge.pool, bridge.worker, bridge.driver", "celery_app, celery_app.tasks.arrays", "actors.shell"],
+    [
+        "bridge, bridge.pool, bridge.worker.command, bridge.driver.loop",
+        "celery_app, celery_app.tasks.arrays",
+        "actors.actor.shell",
+    ],
 )
 def test_importing_loads_nothing_heavy(module):
     assert not set(HEAVY) & set(loaded_by(f"import {module}"))
@@ -40,7 +44,7 @@ def test_the_health_command_is_quick():
 
 
 def test_the_doctor_loads_ray_last():
-    assert not set(HEAVY) & set(loaded_by("import bridge.doctor"))
+    assert not set(HEAVY) & set(loaded_by("import bridge.doctor.command"))
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
@@ -49,7 +53,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_the_executor_loads_no_ray_before_the_app_does():
-    assert "ray" not in loaded_by("import actors.executor")
+    assert "ray" not in loaded_by("import actors.executor.loop")
 
 
 def test_the_public_names_are_these():
@@ -61,5 +65,5 @@ def test_the_public_names_are_these():
 
 def test_nothing_imports_against_the_layers():
     """celery_app > bridge > actors: what the executor loads knows nothing of the bridge."""
-    assert not {"bridge", "celery_app"} & set(loaded_by("import actors.executor, actors.shell"))
-    assert "celery_app" not in loaded_by("import bridge.pool, bridge.driver")
+    assert not {"bridge", "celery_app"} & set(loaded_by("import actors.executor.loop, actors.actor.shell"))
+    assert "celery_app" not in loaded_by("import bridge.pool, bridge.driver.loop")

@@ -20,8 +20,8 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport import redis as kombu_redis
 from kombu.utils import json as kombu_json
 
-from bridge import intake
 from bridge.errors import MessageInvalid, PayloadTooLarge
+from bridge.worker import intake
 
 LIMIT = 1000
 SECRET = "SECRET"

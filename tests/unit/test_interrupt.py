@@ -10,12 +10,12 @@ import threading
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
-from actors import pinned, residents
 from actors.contract import INTERRUPT_SIGNAL, Reason
-from actors.device import CudaDevice
-from actors.interrupt import Cancelled, Interrupter
+from actors.executor import pinned, residents
+from actors.executor.device import CudaDevice
+from actors.executor.interrupt import Cancelled, Interrupter
+from actors.executor.pinned import PinnedCopies
 from actors.journal import Journal
-from actors.pinned import PinnedCopies
 from tests.unit.test_pinned import FakeCupy
 
 

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from actors import ray_store
-from actors.ray_store import Keeper
+from actors.data import ray_store
+from actors.data.ray_store import Keeper
 from tests.support.services import wait_for
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors import leases
-from actors.entries import Limits
-from actors.leases import Leases
+from actors.actor import leases
+from actors.actor.entries import Limits
+from actors.actor.leases import Leases
 
 LIMITS = Limits(
     inline_bytes=0, queued_tasks=1, reply_after_s=0.0, lease_s=10.0, keep_warm_s=100.0, grace_s=0.0, keep_idle_s=50.0

@@ -8,7 +8,7 @@ import threading
 import pytest
 from celery import Celery
 
-from actors.logs import LogCapture
+from actors.executor.logs import LogCapture
 
 
 @pytest.fixture

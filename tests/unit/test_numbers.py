@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from actors.numbers import _KEPT_BYTES, array_of
+from actors.data.numbers import _KEPT_BYTES, array_of
 
 shapes = hnp.array_shapes(min_dims=1, max_dims=4, max_side=6)
 floats = hnp.arrays(numpy.float64, shapes, elements=st.floats(allow_nan=False, allow_infinity=False))

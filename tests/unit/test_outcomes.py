@@ -1,4 +1,4 @@
-"""From what a body returned or raised to data (`actors/outcomes.py`)."""
+"""From what a body returned or raised to data (`actors/executor/outcomes.py`)."""
 
 import collections
 import json
@@ -11,8 +11,8 @@ from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
 from actors.contract import FailureKind
-from actors.interrupt import Cancelled
-from actors.outcomes import TEXT_LIMIT, failure, plain
+from actors.executor.interrupt import Cancelled
+from actors.executor.outcomes import TEXT_LIMIT, failure, plain
 from actors.wishes import ReplaceWanted, RetryWanted
 
 

@@ -8,9 +8,9 @@ import types
 import numpy
 import pytest
 
-from actors import device, pinned
-from actors.device import CpuDevice, to_device, to_host
-from actors.pinned import PinnedCopies, is_worth_it
+from actors.executor import device, pinned
+from actors.executor.device import CpuDevice, to_device, to_host
+from actors.executor.pinned import PinnedCopies, is_worth_it
 
 
 class Event:

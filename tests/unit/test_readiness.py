@@ -4,7 +4,7 @@ import pytest
 
 from actors.contract import ActorState
 from bridge import Gpu
-from bridge.readiness import DriverFacts, Facts, clean, condition_of
+from bridge.worker.readiness import DriverFacts, Facts, clean, condition_of
 
 GIB = 2**30
 ACTOR = {

@@ -9,7 +9,7 @@ import pytest
 from actors.batching import Batch, batched, run_batch
 from actors.closed import split
 from actors.errors import PayloadInvalid
-from actors.reading import Reader
+from actors.executor.reading import Reader
 from bridge.data import Array
 
 NUMBERS = [number / 2 for number in range(1000)]

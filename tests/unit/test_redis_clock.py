@@ -2,8 +2,8 @@
 
 import pytest
 
-from bridge import redis_clock
-from bridge.redis_clock import RedisClock
+from bridge.worker import redis_clock
+from bridge.worker.redis_clock import RedisClock
 
 WALL = 1_800_000_000.0
 

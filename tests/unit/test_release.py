@@ -1,4 +1,7 @@
-"""Releases: a name for the code, and where an executor finds the app (`bridge/release.py`, `actors/release.py`)."""
+"""Releases: a name for the code, and where an executor finds the app.
+
+`bridge/worker/release.py` makes them, `actors/executor/release.py` loads them.
+"""
 
 import importlib
 import os
@@ -10,11 +13,11 @@ import pytest
 from celery import Celery
 
 from actors.contract import Release
-from actors.release import load_app, load_tasks
+from actors.executor.release import load_app, load_tasks
 from actors.wishes import Wishes
 from bridge.errors import AppNotImportable
-from bridge.release import make_config
 from bridge.settings import Settings
+from bridge.worker.release import make_config
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ def test_settings_reach_the_executor(project):
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("actors.release.setup_worker_optimizations", lambda app: None)
+    monkeypatch.setattr("actors.executor.release.setup_worker_optimizations", lambda app: None)
     directory, before = Path.cwd(), set(sys.modules)
     yield tmp_path
     os.chdir(directory)

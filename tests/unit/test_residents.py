@@ -8,10 +8,10 @@ import weakref
 import numpy
 import pytest
 
-from actors import device, device_results, residents
-from actors.device import CpuDevice
-from actors.device_results import DeviceResults
-from actors.residents import Residents, load_all, resident
+from actors.executor import device, device_results, residents
+from actors.executor.device import CpuDevice
+from actors.executor.device_results import DeviceResults
+from actors.executor.residents import Residents, load_all, resident
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""In the driver: outcomes become what the body returned or raised (`bridge/outcomes.py`)."""
+"""In the driver: outcomes become what the body returned or raised (`bridge/driver/outcomes.py`)."""
 
 import logging
 import pickle
@@ -8,8 +8,8 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from actors.contract import Failed, FailureKind, LogLine, Succeeded
 from actors.wishes import Wish
+from bridge.driver.outcomes import RemoteTraceback, resolve
 from bridge.errors import GpuOutOfMemory, RemoteTaskError, ResultInvalid, TaskNotOnActor
-from bridge.outcomes import RemoteTraceback, resolve
 
 
 class Task:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.roots import allowed_place
+from actors.data.roots import allowed_place
 from bridge.errors import DataRefused
 
 ROOTS = ["https://files.example.com/public/", "s3://bucket/prefix/"]

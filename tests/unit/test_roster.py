@@ -1,8 +1,8 @@
 """What the scheduler hears of an actor that tells of itself."""
 
 from actors.contract import ActorState, Health
-from bridge.orders import ActorLost, HoldingsLost
-from bridge.roster import Roster
+from bridge.driver.orders import ActorLost, HoldingsLost
+from bridge.driver.roster import Roster
 
 
 def health(executor, state=ActorState.READY):

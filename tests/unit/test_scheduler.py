@@ -2,8 +2,8 @@
 
 import pytest
 
-from bridge.lines import TaskRule
-from bridge.orders import (
+from bridge.driver.lines import TaskRule
+from bridge.driver.orders import (
     ActorBusy,
     ActorLost,
     ActorReady,
@@ -19,7 +19,7 @@ from bridge.orders import (
     Tick,
     WakeAt,
 )
-from bridge.scheduler import LEAD_S, IllegalTransition, Rules, Scheduler
+from bridge.driver.scheduler import LEAD_S, IllegalTransition, Rules, Scheduler
 
 RULES = Rules(call_budget_s=0.005, call_gap_s=0.004, call_tasks=8, calls_outstanding=2)
 TINY_S = 0.0001

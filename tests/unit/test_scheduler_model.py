@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bridge.lines import TaskRule
-from bridge.orders import (
+from bridge.driver.lines import TaskRule
+from bridge.driver.orders import (
     ActorBusy,
     ActorLost,
     ActorReady,
@@ -24,7 +24,7 @@ from bridge.orders import (
     Tick,
     WakeAt,
 )
-from bridge.scheduler import LEAD_S, Rules, Scheduler
+from bridge.driver.scheduler import LEAD_S, Rules, Scheduler
 
 BATCHES = {"batch": TaskRule(4, 0.05), "eager batch": TaskRule(3, 0.0)}
 NAMES = ["tiny", "small", "long", "new", *BATCHES]

@@ -7,9 +7,9 @@ import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
 from actors.contract import ActorState
-from bridge import driver_process, supervisor
 from bridge.link import Accepted, Done, Ended, Flush, Flushed, Link, Report, Returned, Run, SoftLimited, Stop, Withdraw
-from bridge.supervisor import DriverSupervisor, _einfo
+from bridge.worker import driver_process, supervisor
+from bridge.worker.supervisor import DriverSupervisor, _einfo
 
 
 class Hub:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.surroundings import Surroundings
+from actors.executor.surroundings import Surroundings
 
 
 @pytest.fixture(autouse=True)

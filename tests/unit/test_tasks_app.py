@@ -9,8 +9,8 @@ import typing
 import pytest
 from pydantic import TypeAdapter
 
-from actors import arrays
 from actors.bodies import innermost
+from actors.data import arrays
 from actors.unopened import Unopened
 from actors.validation import checker
 from bridge.errors import PayloadInvalid

@@ -7,7 +7,7 @@ import numpy
 import pytest
 from PIL import Image as pillow
 
-from actors.pictures import ImageSpec
+from actors.data.pictures import ImageSpec
 from celery_app.tasks.images import _equalised, _resized, denoise, edges, enhance, equalise, resize
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as pillow
 from pydantic import TypeAdapter, ValidationError
 
-from actors import blobs
+from actors.data import blobs
 from celery_app.tasks import payloads
 from celery_app.tasks.payloads import Image, image_of, open_picture, pixels_of
 

@@ -3,7 +3,7 @@
 import pytest
 
 from actors.contract import FailureKind
-from bridge.verdicts import MAX_LOSSES, Standing, Verdict, judge
+from bridge.driver.verdicts import MAX_LOSSES, Standing, Verdict, judge
 
 EARLY = Standing(False, None, False, 2, 1, 1, False)
 LATE = EARLY._replace(acks_late=True)

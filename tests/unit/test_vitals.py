@@ -10,7 +10,7 @@ from celery.worker import state
 
 from bridge import Gpu
 from bridge.marks import Mark
-from bridge.vitals import CONNECT_S, Vitals
+from bridge.worker.vitals import CONNECT_S, Vitals
 
 MARK = Mark(name="shop.add", gpu=Gpu(), batch=None, configured=False)
 

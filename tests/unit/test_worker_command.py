@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge import worker
 from bridge.errors import AppNotImportable, BrokerUnreachable, ConfigurationInvalid
-from bridge.worker import parse
+from bridge.worker import command
+from bridge.worker.command import parse
 
 
 def test_our_options_celerys_global_ones_and_the_workers_are_told_apart():
@@ -68,7 +68,7 @@ def handed(monkeypatch):
     def hand_over(*words):
         monkeypatch.setattr("celery.bin.celery.main", lambda: None)
         monkeypatch.setattr(sys, "argv", ["before"])
-        worker._hand_over(parse(list(words)))
+        command._hand_over(parse(list(words)))
         assert Path(sys.argv[0]).name == "celery"
         return sys.argv[1:]
 
@@ -117,7 +117,7 @@ APP = "from celery import Celery\napp = Celery('myshop', broker='memory://', set
 
 
 def load(*words):
-    return worker.load_app(parse(list(words)))
+    return command.load_app(parse(list(words)))
 
 
 @pytest.mark.parametrize("name", ["myshop", "myshop:app"])
@@ -182,7 +182,7 @@ def test_a_broker_that_does_not_answer_is_named_without_its_password(monkeypatch
     try:
         app = Celery("nobody", broker="redis://:secret@127.0.0.1:1/0", set_as_current=False)
         with pytest.raises(BrokerUnreachable) as caught:
-            worker._check_broker(app)
+            command._check_broker(app)
     finally:
         settings.cache_clear()
     assert "the broker redis://:**@127.0.0.1:1/0" in str(caught.value)
@@ -192,12 +192,12 @@ def test_a_broker_that_does_not_answer_is_named_without_its_password(monkeypatch
 def test_a_broker_that_answers_passes():
     from celery import Celery
 
-    worker._check_broker(Celery("memory", broker="memory://", backend="cache+memory://", set_as_current=False))
+    command._check_broker(Celery("memory", broker="memory://", backend="cache+memory://", set_as_current=False))
 
 
 def test_refusals_are_one_line_and_an_exit_code(capfd):
     with pytest.raises(SystemExit) as caught:
-        worker.main(["--pool", "solo"])
+        command.main(["--pool", "solo"])
     assert caught.value.code == ConfigurationInvalid.exit_code
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("bridge: leave -P/--pool out")
@@ -209,7 +209,7 @@ def test_help_names_every_setting(monkeypatch, capsys):
     monkeypatch.setattr("celery.bin.celery.main", sys.exit)
     monkeypatch.setattr(sys, "argv", ["before"])
     with pytest.raises(SystemExit):
-        worker.main(["--help"])
+        command.main(["--help"])
     text = capsys.readouterr().out
     assert "--standalone" in text
     assert all(f"BRIDGE_{name.upper()} " in text for name in Settings.model_fields)
@@ -223,7 +223,7 @@ def test_a_password_on_the_command_line_is_said_and_not_repeated(monkeypatch, ca
     monkeypatch.setenv("CELERY_BROKER_URL", "")  # as before afterwards
     monkeypatch.setenv("CELERY_APP", "")
     with pytest.raises(AppNotImportable):
-        worker.load_app(parse(["-A", "no.such.app", "-b", url]))
+        command.load_app(parse(["-A", "no.such.app", "-b", url]))
     said = capsys.readouterr().err
     assert ("can read the password after -b: set CELERY_BROKER_URL" in said) is is_said
     assert "hidden" not in said
