@@ -9,8 +9,7 @@ from actors.data.arrays import ArrayRef
 from actors.data.handles import DeviceArray
 from actors.executor.errands import DELETE, EXPORT
 from bridge import link
-from bridge.driver import loop
-from bridge.driver import waiting
+from bridge.driver import loop, waiting
 from bridge.driver.fleet import Replied, SlotChanged
 from bridge.errors import HandleLost
 from bridge.settings import settings

@@ -309,7 +309,7 @@ def test_a_driver_that_is_not_let_in_is_nobodys_fault_and_tasks_wait_and_learn_w
 
     def shut_out():
         lab.say(Report(0, {"actors": []}, ("ClusterAuthFailed", "the token was refused")))
-        lab.driver.exitcode = driver_process.driver.EXIT_NOT_STARTED
+        lab.driver.exitcode = driver_process.loop.EXIT_NOT_STARTED
         lab.die()
 
     waiting = lab.send("waiting")
