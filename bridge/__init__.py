@@ -1,4 +1,7 @@
-"""The bridge from a Celery request to a warm GPU actor and back; files in the order of a task's way.
+"""The bridge from a Celery request to a warm GPU actor and back.
+
+A folder for each process: `worker`, `driver`, and the commands `doctor` and `dead`; beside them what several share and
+what users name.
 
 Importing this package loads neither ray nor cupy: producers and CPU workers may import it. Its names are loaded when
 the first of them is used, for `python -m bridge.health` needs none and is started every few seconds.

@@ -1,4 +1,4 @@
-"""The Ray actor: reserves one GPU and lends `ActorShell` to drivers. It and `ray_store.py` alone import ray here.
+"""The Ray actor: reserves one GPU and lends `ActorShell` to drivers. Only it and `data/ray_store.py` import ray.
 
 Named by slot, detached, shared by all workers of a namespace. Its constructor touches no CUDA: an exception there would
 be permanent death for the actor.
