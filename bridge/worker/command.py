@@ -265,9 +265,7 @@ def _hand_over(line: CommandLine) -> None:
         options += ["-A", os.environ["CELERY_APP"]]
     options = [word for pair in _without_workdir(options) for word in pair]
     sys.argv = [script, *options, "worker", "--pool", "custom", *line.worker]
-    from celery.bin.celery import main as celery_main
-
-    celery_main()
+    _celery()
 
 
 def _without_workdir(options: list[str]) -> list[list[str]]:
@@ -291,6 +289,11 @@ def _help() -> None:
         print(f"  BRIDGE_{name.upper():<20} {field.description} [{field.default}]")
     print("\nOptions of `celery worker`:\n", flush=True)
     sys.argv = ["celery", "worker", "--help"]
-    from celery.bin.celery import main as celery_main
+    _celery()
 
-    celery_main()
+
+def _celery() -> None:
+    """Celery's command; without a name click would make one of this package, `python -m bridge.worker.celery`."""
+    from celery.bin.celery import celery
+
+    celery(auto_envvar_prefix="CELERY", prog_name="celery")

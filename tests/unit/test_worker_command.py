@@ -66,7 +66,7 @@ def handed(monkeypatch):
     """Run `_hand_over` and see the command line Celery gets."""
 
     def hand_over(*words):
-        monkeypatch.setattr("celery.bin.celery.main", lambda: None)
+        monkeypatch.setattr("celery.bin.celery.celery", lambda **_: None)
         monkeypatch.setattr(sys, "argv", ["before"])
         command._hand_over(parse(list(words)))
         assert Path(sys.argv[0]).name == "celery"
@@ -206,7 +206,7 @@ def test_refusals_are_one_line_and_an_exit_code(capfd):
 def test_help_names_every_setting(monkeypatch, capsys):
     from bridge.settings import Settings
 
-    monkeypatch.setattr("celery.bin.celery.main", sys.exit)
+    monkeypatch.setattr("celery.bin.celery.celery", lambda **_: sys.exit())
     monkeypatch.setattr(sys, "argv", ["before"])
     with pytest.raises(SystemExit):
         command.main(["--help"])
