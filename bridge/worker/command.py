@@ -293,7 +293,7 @@ def _help() -> None:
 
 
 def _celery() -> None:
-    """Celery's command; without a name click would make one of this package, `python -m bridge.worker.celery`."""
+    """Celery's command, under its own name: click would make one of this package's, which is no command."""
     from celery.bin.celery import celery
 
     celery(auto_envvar_prefix="CELERY", prog_name="celery")

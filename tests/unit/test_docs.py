@@ -166,6 +166,15 @@ def test_the_journey_names_every_file_of_a_tasks_way():
             assert f"`{folder}/{file}.py`" in journey
 
 
+@pytest.mark.parametrize(
+    "init",
+    [str(each.relative_to(ROOT)) for each in (*ROOT.glob("bridge/*/__init__.py"), *ROOT.glob("actors/*/__init__.py"))],
+)
+def test_each_folder_of_a_process_names_its_files(init):
+    files = {each.stem for each in (ROOT / init).parent.glob("*.py") if not each.stem.startswith("__")}
+    assert files <= set(re.findall(r"`(\w+)`", read(init)))
+
+
 def test_the_readmes_example_is_an_app_with_the_marks_it_shows():
     code, *_ = blocks("README.md", "python")
     scope = {"__name__": "shop"}

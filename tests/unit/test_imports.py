@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 def test_the_executor_loads_no_ray_before_the_app_does():
     assert "ray" not in loaded_by("import actors.executor.loop")
+
+
+def test_the_contract_of_the_four_doors_is_about_all_that_a_worker_may_load():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (sources,) = (set(each["source_modules"]) for each in contracts if "four doors" in each["name"])
+    shared = {f"bridge.{file.stem}" for file in (ROOT / "bridge").glob("*.py") if file.stem != "__init__"}
+    assert sources == shared | {"bridge.worker"}
 
 
 def test_the_public_names_are_these():
