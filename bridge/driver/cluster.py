@@ -13,6 +13,7 @@ import ray.exceptions
 from actors.actor.trial import Trial, try_executor
 from actors.contract import Config, Health
 from bridge.auth import TOKEN_FILE, exposed, is_unreadable, lacks_token, use_token
+from bridge.driver.news import Connected
 from bridge.errors import ClusterAuthFailed, ClusterMismatch, ClusterNotFound, StartupError, as_text
 from bridge.places import Node, nodes
 
@@ -20,16 +21,6 @@ logger = logging.getLogger(__name__)
 
 #: The head's port is probed with this deadline, in seconds.
 PROBE_S = 1.0
-
-
-class Connected(NamedTuple):
-    """This process is a driver of the cluster now, or the cluster has changed."""
-
-    address: str
-    ray_version: str
-    nodes: int
-    gpus: int
-    accelerators: tuple[str, ...]  # GPU models, as Ray names them
 
 
 def find_cluster(address: str | None) -> str:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import ray
@@ -22,9 +22,19 @@ from actors import frames
 from actors.actor import gpu_actor
 from actors.actor.breaker import BreakerRules
 from actors.actor.entries import Limits
-from actors.contract import ActorState, Busy, Call, Config, Health, Reason, Reply
-from bridge.driver.cluster import Connected, answers, connect, find_cluster, identity, look
+from actors.contract import ActorState, Call, Config, Health, Reason
+from bridge.driver.cluster import answers, connect, find_cluster, identity, look
 from bridge.driver.head import Head, HeadWatch
+from bridge.driver.news import (
+    ActorReleased,
+    ClusterLost,
+    Connected,
+    Fetched,
+    FleetEvent,
+    Replied,
+    SlotChanged,
+    StartFailed,
+)  # fmt: skip
 from bridge.errors import ClusterNotFound, GpuNotFound, StartupError, as_text
 from bridge.places import KIND_SIZE, Bounds, Needs, Place, bounds, missing, nodes, places
 from bridge.settings import Settings
@@ -39,47 +49,6 @@ _NAME = re.compile(r"gpu-(?:(?P<kind>.+)-)?(?P<number>\d+)-v\d+")
 SILENT_S = 10.0
 
 
-class SlotChanged(NamedTuple):
-    """An actor's health is new; `health` is None while it does not answer, and `reason` says why."""
-
-    slot: int
-    health: Health | None
-    reason: str
-
-
-class ActorReleased(NamedTuple):
-    """An actor beyond those that always stay has ended for good."""
-
-    slot: int
-
-
-class ClusterLost(NamedTuple):
-    """The head does not answer; this process can never use another cluster."""
-
-
-class StartFailed(NamedTuple):
-    """The fleet cannot start."""
-
-    error: StartupError
-
-
-class Replied(NamedTuple):
-    """A call or collect has come back; `reply` is None when the actor is gone, and `reason` says why."""
-
-    call: str
-    reply: Reply | Busy | None
-    reason: str
-    sent: bool = True  # False when the call never left this process
-
-
-class Fetched(NamedTuple):
-    """A large outcome, pickled; None when its actor is gone."""
-
-    token: str
-    data: bytes | None
-
-
-FleetEvent = Connected | SlotChanged | ActorReleased | ClusterLost | StartFailed | Replied | Fetched
 Notify = Callable[[FleetEvent], None]
 
 

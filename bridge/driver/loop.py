@@ -33,6 +33,15 @@ from bridge.driver.head import outlast
 from bridge.driver.in_hand import TasksInHand
 from bridge.driver.ledger import Answered, Ledger
 from bridge.driver.lines import TaskRule
+from bridge.driver.news import (
+    ActorReleased,
+    ClusterLost,
+    Connected,
+    Fetched,
+    Replied,
+    SlotChanged,
+    StartFailed,
+)  # fmt: skip
 from bridge.driver.orders import Drop, Event, HandBack, Interrupt, StartCall, TaskCancelled, Tick, WakeAt
 from bridge.driver.results import GroupedResults
 from bridge.driver.roster import Alarm, Roster
@@ -217,30 +226,28 @@ class Driver:
 
     def _handle_inbox(self) -> int | None:
         """Fleet events; an exit code when this process is of no more use."""
-        from bridge.driver import cluster, fleet
-
         while self._inbox:
             event = self._inbox.popleft()
             match event:
-                case fleet.Replied(call, reply, reason, sent):
+                case Replied(call, reply, reason, sent):
                     self._calls.replied(call, reply, reason, FailureKind.UNSURE if sent else FailureKind.LOST)
-                case fleet.Fetched(token, data):
+                case Fetched(token, data):
                     self._calls.fetched(token, data)
-                case fleet.SlotChanged(slot, health, reason):
+                case SlotChanged(slot, health, reason):
                     self._events += self._roster.change(slot, health, reason)
                     self._send_report()
-                case fleet.ActorReleased(slot):
+                case ActorReleased(slot):
                     self._events += self._roster.release(slot)
                     self._send_report()
-                case cluster.Connected():
+                case Connected():
                     self._roster.set_cluster(event._asdict())
                     self._send_report()
                 case Answered(then, value):
                     then(value)
-                case fleet.ClusterLost():
+                case ClusterLost():
                     logger.error("the Ray cluster is gone; GPU tasks wait for it, CPU tasks go on")
                     return EXIT_CLUSTER_LOST
-                case fleet.StartFailed(error):
+                case StartFailed(error):
                     self._send_report(error)
                     self._flush()
                     return EXIT_NOT_STARTED

@@ -16,8 +16,9 @@ from actors.wishes import Wish
 from bridge import link
 from bridge.data import Array
 from bridge.driver import fleet
-from bridge.driver.fleet import Fleet, Replied, SlotChanged
+from bridge.driver.fleet import Fleet
 from bridge.driver.loop import Driver
+from bridge.driver.news import Fetched, Replied, SlotChanged
 from bridge.driver.tracing import prepare
 from bridge.marks import find_marks
 from bridge.settings import settings
@@ -159,7 +160,7 @@ def test_a_large_outcome_on_its_way_survives_the_next_reply_of_its_call(lab):
     lab.event(Replied(call.id, Reply((Large(big.token, 10**6), Pending(small.token, True)), 0.0), ""))
     assert lab.fleet.fetched == [big.token]
     lab.event(Replied(call.id, Reply((succeeded(small, 1),), 0.0), ""))
-    lab.event(fleet.Fetched(big.token, pickle.dumps(succeeded(big, "x" * 10))))
+    lab.event(Fetched(big.token, pickle.dumps(succeeded(big, "x" * 10))))
     assert sorted(answer.serial for answer in lab.answers()) == [1, 2, 3]
 
 
@@ -167,7 +168,7 @@ def test_a_large_outcome_lost_with_its_actor_has_its_task_run_again(lab):
     call = shared_call(lab, 1)
     (big,) = call.tasks
     lab.event(Replied(call.id, Reply((Large(big.token, 10**6),), 0.0), ""))
-    lab.event(fleet.Fetched(big.token, None))
+    lab.event(Fetched(big.token, None))
     assert isinstance(lab.answers()[-1], link.Ended), "it is acknowledged early: never twice"
 
 

@@ -8,8 +8,8 @@ import pytest
 from actors.contract import Failed, FailureKind, LogLine, Pending, Reply
 from bridge import link
 from bridge.driver.dead_letters import Crash
-from bridge.driver.fleet import Replied, SlotChanged
 from bridge.driver.ledger import Answered
+from bridge.driver.news import Replied, SlotChanged
 from bridge.settings import settings
 from tests.integration.test_driver import Lab, succeeded
 

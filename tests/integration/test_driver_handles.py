@@ -10,7 +10,7 @@ from actors.data.handles import DeviceArray
 from actors.executor.errands import DELETE, EXPORT
 from bridge import link
 from bridge.driver import loop, waiting
-from bridge.driver.fleet import Replied, SlotChanged
+from bridge.driver.news import Replied, SlotChanged
 from bridge.errors import HandleLost
 from bridge.settings import settings
 from tests.integration.test_driver import Lab

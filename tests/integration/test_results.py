@@ -20,7 +20,7 @@ from actors.wishes import Wish
 from bridge import link
 from bridge.driver import backends, results, trouble
 from bridge.driver.backends import can_be_grouped, expiry
-from bridge.driver.fleet import Replied
+from bridge.driver.news import Replied
 from bridge.driver.results import GroupedResults
 from bridge.errors import ResultRefused
 from bridge.settings import settings
