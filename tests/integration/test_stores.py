@@ -22,7 +22,7 @@ from actors.data.stores import CHUNK_BYTES, Stores
 from actors.executor.device import CpuDevice
 from bridge.errors import DataCorrupt, DataLost, DataRefused, StoreUnavailable
 from tests.support.services import RedisServer, free_port
-from tests.support.tls import Certificate
+from tests.support.tls import Certificate, TlsProxy
 from tests.support.web import WebServer
 
 MIB = 1 << 20
@@ -132,15 +132,27 @@ def test_what_is_there_instead(server, protocol, instead, error, text):
         assert (in_redis.get(other) == 2 * ARRAY).all()
 
 
+@pytest.fixture(scope="module")
+def with_tls(server, tmp_path_factory):
+    """The same Redis behind TLS, as a URL."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = Certificate(folder, "authority")
+    proxy = TlsProxy(Certificate(folder, "redis", authority), server.port)
+    yield f"rediss://localhost:{proxy.port}/0?ssl_cert_reqs=required&ssl_ca_certs={authority.file}"
+    proxy.stop()
+
+
+@pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("where", ["url", "backend", "broker"])
-def test_bytes_are_not_copied_on_their_way(server, where, monkeypatch):
+def test_bytes_are_not_copied_on_their_way(server, with_tls, where, tls, monkeypatch):
     """Neither redis-py's packer in C nor its parser sees them; both take copies, which are most of what 1 MiB costs."""
+    url = with_tls if tls else server.url
     app = Celery(
-        broker=server.url if where == "broker" else "memory://",
-        backend=server.url if where == "backend" else None,
+        broker=url if where == "broker" else "memory://",
+        backend=url if where == "backend" else None,
         set_as_current=False,
     )
-    in_redis = Stores(app, StoreConfig(server.url if where == "url" else None, (), timeout_s=LONG_S))
+    in_redis = Stores(app, StoreConfig(url if where == "url" else None, (), timeout_s=LONG_S))
     sent = []
     send = redis.Connection.send_packed_command
 
