@@ -2,6 +2,6 @@
 
 On a task's way: `loop`, `in_hand`, `waiting` (with `holders`, `errands`), `scheduler` (`orders`, `lines`), `calls`,
 `tracing`, `fleet` (`news`); then `finishing` (`verdicts`, `blame`, `ledger`, `dead_letters`), `outcomes`, `results`
-(`backends`, `unstored`, `chord_words`, `trouble`), `discards`. The cluster: `cluster`, `head`, `roster`. Only `cluster`
-and `fleet` load ray.
+(`backends`, `unstored`, `chord_words`, `trouble`), `discards`. The cluster: `cluster`, `head`, `roster`,
+`known_actors`. Only `cluster`, `fleet` and `known_actors` load ray.
 """

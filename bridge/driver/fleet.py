@@ -1,14 +1,13 @@
-"""The actors as Ray has them: created, looked after, called; Ray's errors turned into ours. Joining is `cluster.py`.
+"""The actors: called, and asked how they are; Ray's errors turned into ours. Which ones there are is `known_actors.py`.
 
-A helper thread does what can block (connect, look up, create, beat); small submits happen on the caller's thread. Ray's
-callbacks arrive on Ray's own I/O thread and only hand their result to `notify`, which must do no more than queue it.
+A helper thread does what can block (connect, `cluster.py`; look up, create, beat); small submits happen on the
+caller's thread. Ray's callbacks arrive on Ray's own I/O thread and only hand their result to `notify`, which must do no
+more than queue it.
 """
 
 import logging
-import math
 import pickle
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +18,10 @@ import numpy
 import ray
 
 from actors import frames
-from actors.actor import gpu_actor
-from actors.actor.breaker import BreakerRules
-from actors.actor.entries import Limits
 from actors.contract import ActorState, Call, Config, Health, Reason
 from bridge.driver.cluster import answers, connect, find_cluster, identity, look
 from bridge.driver.head import Head, HeadWatch
+from bridge.driver.known_actors import KnownActor, KnownActors
 from bridge.driver.news import (
     ActorReleased,
     ClusterLost,
@@ -36,34 +33,15 @@ from bridge.driver.news import (
     StartFailed,
 )  # fmt: skip
 from bridge.errors import ClusterNotFound, GpuNotFound, StartupError, as_text
-from bridge.places import KIND_SIZE, Bounds, Needs, Place, bounds, missing, nodes, places
+from bridge.places import Needs
 from bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: States of an actor that waits in Ray for a GPU.
-_HOMELESS = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
-#: How `Place.name` names actors.
-_NAME = re.compile(r"gpu-(?:(?P<kind>.+)-)?(?P<number>\d+)-v\d+")
 #: An actor that has not answered a beat for this long takes no calls, in seconds.
 SILENT_S = 10.0
 
-
 Notify = Callable[[FleetEvent], None]
-
-
-class _Slot:
-    """One actor as seen from here; owned by the helper thread, `handle` read by the loop's."""
-
-    def __init__(self, place: Place, handle: Any, is_own: bool) -> None:
-        self.place = place
-        self.handle = handle
-        self.is_own = is_own  # asked for by this driver
-        self.asked_at: float | None = None  # since when a hello or beat is on its way
-        self.greeted = False
-        self.pid = 0  # of the actor's process, once heard
-        self.ready = False
-        self.fenced = False
 
 
 class Fleet:
@@ -78,17 +56,13 @@ class Fleet:
         self._supersedes = supersedes
         self._config = config
         self._needs = needs
-        self._bounds = dict.fromkeys(needs.kinds, Bounds(0, 0))
-        self._wanted: frozenset[str] = frozenset()  # kinds that tasks wait for; written by the loop
         self._cluster: Connected | None = None
         self._notify: Notify = lambda _event: None
-        self._slots: dict[int, _Slot] = {}
-        self._since: dict[str, float] = {}  # what is not to last -> since when it is so
+        self._actors = KnownActors(settings, namespace, needs, lambda slot: self._notify(ActorReleased(slot)))
         self._events: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fleet-large")
         self._address = ""
         self._head = Head.HERE
-        self._to_restart: dict[int, int] = {}  # slot -> pid of the actor that is to go
 
     def start(self, notify: Notify, patient: bool) -> None:
         """Connect in the background; a `patient` fleet waits for a cluster for ever."""
@@ -131,7 +105,7 @@ class Fleet:
 
     def _say(self, slot: int, method: str, *args: Any) -> None:
         """Tell an actor something that has no answer; one that is gone need not hear it."""
-        known = self._slots.get(slot)  # once: the helper may forget it meanwhile
+        known = self._actors.get(slot)  # once: the helper may forget it meanwhile
         if known is not None:
             try:
                 getattr(known.handle, method).remote(*args)
@@ -142,7 +116,7 @@ class Fleet:
         """Tasks wait for actors of these kinds: there may be more of them, within the settings' bounds."""
         if "" in accelerators and "" not in self._needs.kinds:
             accelerators = accelerators | set(self._needs.kinds)  # a map over GPU tasks: any actor will do
-        self._wanted = frozenset(accelerators)
+        self._actors.wanted = frozenset(accelerators)
 
     def restart_actors(self) -> None:
         """Drain and restart the actors that are there now, one at a time; also when other drivers are told the same."""
@@ -162,7 +136,7 @@ class Fleet:
 
     def _call(self, slot: int, call: str, submit: Callable[[Any], Any], sent: bool = False) -> None:
         try:
-            ref = submit(self._slots[slot].handle)
+            ref = submit(self._actors[slot].handle)
         except Exception as error:
             self._notify(Replied(call, None, as_text(error), sent))
             return
@@ -170,7 +144,7 @@ class Fleet:
 
     def _fetch(self, slot: int, token: str) -> None:
         try:
-            data = ray.get(self._slots[slot].handle.fetch.remote(token))
+            data = ray.get(self._actors[slot].handle.fetch.remote(token))
         except Exception as error:
             logger.warning("a large result is lost with its actor: %s", as_text(error))
             data = None
@@ -200,14 +174,14 @@ class Fleet:
                 if answer is None:
                     return
                 if answer[0] < 0:
-                    self._to_restart = {number: slot.pid for number, slot in self._slots.items() if slot.pid}
+                    self._actors.restart_all()
                 else:
                     self._guard(self._hear, *answer)
                 continue
             except queue.Empty:
                 next_beat = time.monotonic() + self._settings.beat_s
             if self._head is Head.HERE and answers(self._address):  # with the head away a look-up would hang
-                self._guard(self._restart_next)
+                self._guard(self._actors.restart_next)
                 self._guard(self._beat)
             self._guard(self._ask_all)  # actors hear and answer without a head
 
@@ -261,133 +235,25 @@ class Fleet:
     def _beat(self) -> None:
         """One look at the cluster; actors that are missing are created."""
         try:
-            self._look_at_cluster()
-            self._adopt()
-            for kind in reversed(self._needs.kinds):  # "" last: such an actor may be placed on any GPU that is free
-                self._fill(kind)
-                self._make_room(kind)
-                self._withdraw(kind)
+            now = look(self._address)
+            if now != self._cluster:
+                self._cluster = now
+                self._notify(now)
+            self._actors.count_gpus()
+            self._actors.look()
         except Exception as error:
             logger.warning("Ray did not answer a beat: %s", as_text(error))
 
     def _ask_all(self) -> None:
         """Each actor's health; it renews this driver's lease there, too."""
         waits = f"waits in Ray for {self._needs.share:g} GPU and {self._settings.actor_cpus:g} CPUs (BRIDGE_ACTOR_CPUS)"
-        for slot, known in list(self._slots.items()):
+        for slot, known in self._actors.items():
             self._ask(slot, known)
-            has_left = not known.greeted and known.place.number >= self._bounds[known.place.accelerator].most
+            has_left = not known.greeted and self._actors.is_beyond(known.place)
             if known.asked_at is not None and time.monotonic() - known.asked_at > SILENT_S and not has_left:
                 self._notify(SlotChanged(slot, None, "does not answer" if known.greeted else waits))
 
-    def _look_at_cluster(self) -> None:
-        now = look(self._address)
-        if now != self._cluster:
-            self._cluster = now
-            self._notify(now)
-        s, fitting = self._settings, places(nodes(ray.nodes()), self._needs)
-        self._bounds = {kind: bounds(fit, s.min_actors, s.max_actors) for kind, fit in fitting.items()}
-
-    def _adopt(self) -> None:
-        """Actors that other workers have created are used, too."""
-        for name in ray.util.list_named_actors():
-            found = _NAME.fullmatch(name)
-            place = Place(found["kind"] or "", int(found["number"])) if found else None
-            if place and place.name == name and place.accelerator in self._needs.kinds:
-                slot = place.slot(self._needs)
-                if slot not in self._slots:
-                    self._slots[slot] = _Slot(place, ray.get_actor(name), is_own=False)
-
-    def _fill(self, kind: str) -> None:
-        """Create the actors of a kind that should be there; take back what nobody waits for any more."""
-        mine = {slot: known for slot, known in self._slots.items() if known.place.accelerator == kind}
-        is_wanted, within = kind in self._wanted, self._bounds[kind]
-        pending = [slot for slot, known in mine.items() if not known.pid]
-        for number in missing({known.place.number for known in mine.values()}, bool(pending), is_wanted, within):
-            place = Place(kind, number)
-            self._slots[place.slot(self._needs)] = _Slot(place, self._create(place), is_own=True)
-        for slot, known in mine.items():
-            idle_demand = known.is_own and not known.greeted and not is_wanted and not self._belongs(known.place)
-            if idle_demand and _state(known.handle) in _HOMELESS:
-                ray.kill(known.handle)  # it would show as demand to Ray's autoscaler, and get a GPU for nothing
-                self._release(slot)
-
-    def _make_room(self, kind: str) -> None:
-        """GPUs have left for long: an actor beyond the others ends if one that is always there waits for a GPU.
-
-        It never ends by itself, since it was created while there were more; a node that came back before its old self
-        was known to be gone is enough. A node that is gone for a while costs no warm actor.
-        """
-        if self._settings.max_actors is not None:
-            return  # Ray's autoscaler brings a GPU for whoever waits
-        mine = [known for known in self._slots.values() if known.place.accelerator == kind]
-        beyond = [known for known in mine if known.ready and known.place.number >= self._bounds[kind].most]
-        waiting = [known for known in mine if not known.ready and self._belongs(known.place)]
-        is_crowded = bool(beyond) and any(_state(known.handle) in _HOMELESS for known in waiting)
-        if self._lasts(f"crowded {kind}", is_crowded):
-            last = max(beyond, key=lambda known: known.place.number)  # every driver says so, of the same one
-            last.handle.drain.remote()
-            logger.info("GPU actor %s ends: others have left, and one of those that stay waits", last.place.name)
-
-    def _withdraw(self, kind: str) -> None:
-        """An actor beyond the GPUs that itself waits for one, for long: who has created it may be gone."""
-        if self._settings.max_actors is not None:
-            return  # as above
-        for slot, known in list(self._slots.items()):
-            if known.place.accelerator == kind:
-                is_beyond = not known.ready and known.place.number >= self._bounds[kind].most
-                if self._lasts(f"beyond {slot}", is_beyond and _state(known.handle) in _HOMELESS):
-                    ray.kill(known.handle)
-                    logger.info("GPU actor %s ends: there is no GPU for it", known.place.name)
-                    self._release(slot)
-
-    def _lasts(self, what: str, is_so: bool) -> bool:
-        """Whether it has been so for longer than an actor may be idle; that is counted anew then."""
-        now = time.monotonic()
-        if is_so and now - self._since.setdefault(what, now) <= self._settings.keep_idle_s:
-            return False
-        self._since.pop(what, None)
-        return is_so
-
-    def _belongs(self, place: Place) -> bool:
-        """Whether it is one of those that are always there."""
-        return place.number < self._bounds[place.accelerator].least
-
-    def _release(self, slot: int) -> None:
-        del self._slots[slot]
-        self._notify(ActorReleased(slot))
-
-    def _restart_next(self) -> None:
-        """One actor at a time: the next one is drained when the one before is ready again."""
-        for number, pid in list(self._to_restart.items()):
-            slot = self._slots.get(number)
-            if slot is not None and slot.pid == pid:
-                slot.handle.drain.remote()
-                return
-            if slot is not None and self._belongs(slot.place) and not (slot.ready or slot.fenced):
-                return
-            if slot is None and self._was_kept(number):
-                return
-            del self._to_restart[number]  # it is another one by now, or its GPU has left the cluster
-
-    def _was_kept(self, slot: int) -> bool:
-        kind, number = divmod(slot, KIND_SIZE)
-        return self._belongs(Place(self._needs.kinds[kind], number))
-
-    def _create(self, place: Place) -> Any:
-        s = self._settings
-        keep_idle_s = math.inf if self._belongs(place) else s.keep_idle_s
-        limits = Limits(
-            s.inline_limit_bytes, s.queued_tasks, s.reply_after_s, s.lease_s, s.keep_warm_s, s.grace_s, keep_idle_s,
-            self._needs.share,
-            BreakerRules(s.fence_after, s.fence_window_s, s.fence_good_tasks, tuple(s.fence_probe_s)),
-        )  # fmt: skip
-        options = gpu_actor.options(
-            place.name, self._namespace, s.actor_cpus, self._needs.share, place.accelerator or None
-        )
-        actor: Any = gpu_actor.GpuActor  # a class to mypy, an actor class to Ray
-        return actor.options(**options).remote(place.slot(self._needs), limits)
-
-    def _ask(self, number: int, slot: _Slot) -> None:
+    def _ask(self, number: int, slot: KnownActor) -> None:
         if slot.asked_at is not None:
             return
         slot.asked_at = time.monotonic()
@@ -397,9 +263,9 @@ class Fleet:
             ref = slot.handle.hello.remote(self._driver, self._supersedes, self._config)
         _when_done(ref, lambda value, error: self._events.put((number, (slot, error if value is None else value))))
 
-    def _hear(self, number: int, said: tuple[_Slot, Any]) -> None:
+    def _hear(self, number: int, said: tuple[KnownActor, Any]) -> None:
         slot, answer = said
-        if self._slots.get(number) is not slot:
+        if self._actors.get(number) is not slot:
             return  # released meanwhile, and perhaps another's by now
         slot.asked_at = None
         slot.ready = isinstance(answer, Health) and answer.state is ActorState.READY
@@ -411,19 +277,12 @@ class Fleet:
         else:
             slot.greeted = False
             has_ended = "ActorDied" in str(answer)
-            if has_ended and not self._belongs(slot.place):
-                self._release(number)
+            if has_ended and not self._actors.belongs(slot.place):
+                self._actors.release(number)
                 return
             if has_ended:
-                del self._slots[number]  # for good: the next beat creates it again by name
+                self._actors.forget(number)
             self._notify(SlotChanged(number, None, str(answer)))
-
-
-def _state(handle: Any) -> str:
-    """What Ray's control service says of an actor; Ray has no public way to ask without the dashboard."""
-    from ray._private.state import actors
-
-    return str(actors(handle._actor_id.hex()).get("State", ""))
 
 
 def _when_done(ref: Any, callback: Callable[[Any, str], None]) -> None:

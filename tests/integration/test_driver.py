@@ -204,7 +204,7 @@ def test_a_running_task_whose_collect_cannot_be_sent_is_not_taken_for_one_that_n
     call = shared_call(lab, 1)
     lab.event(Replied(call.id, Reply((Pending(call.tasks[0].token, True),), 0.0), ""))
     real = Fleet.__new__(Fleet)  # an actor that is gone for good by now
-    real._slots, real._settings, real._notify = {}, lab.driver._settings, lab.event
+    real._actors, real._settings, real._notify = {}, lab.driver._settings, lab.event
     real.collect(0, call)
     lab.ready()
     assert len(lab.fleet.calls) == 1, "with early acknowledgement it must not run again"
