@@ -7,8 +7,8 @@
 A task with ``Gpu(result="device")`` answers with a handle to an array that stays where it is; tasks take that, too, and
 `get` fetches it.
 
-Importing this module also teaches kombu's JSON arrays: a NumPy array given to ``delay()`` travels in the message when
-it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one. Bytes
+Importing this module also teaches kombu's JSON arrays: one of NumPy or CuPy given to ``delay()`` travels in the message
+when it is small and is put by itself when it is not, and `AsyncResult.get` gives an array where a result is one. Bytes
 travel inside, and by reference where a producer says so: ``data.put_bytes(path.read_bytes())``.
 """
 
@@ -21,11 +21,10 @@ from celery import current_app, signals
 from celery.result import allow_join_result
 from kombu.utils.json import register_type
 
-from actors.data import arrays, handles
+from actors.data import arrays, foreign, handles
 from actors.data.arrays import Array, ArrayRef, ArraySpec, Form, Inline, as_form
 from actors.data.blobs import Blob, BlobRef, BlobSpec, InlineBytes
 from actors.data.handles import DeviceArray
-from actors.data.lists import KINDS
 from actors.data.pictures import Image, ImageSpec
 from actors.data.stores import Stores
 from actors.executor.errands import DELETE, EXPORT
@@ -49,7 +48,7 @@ def put(
     """Write an array to the store of the current Celery app, and return the reference that a message carries.
 
     Args:
-        array: NumPy's, or what `numpy.asarray` makes one of.
+        array: NumPy's, CuPy's, one that speaks DLPack, or what `numpy.asarray` makes one of.
         keep_s: it is there for so long in Redis or Ray; default BRIDGE_DATA_KEEP_S. It must outlive the task's wait
             and run.
         once: delete it when the first GPU task that takes it as an annotated argument has ended and is not retried;
@@ -124,10 +123,7 @@ async def aget(ref: Any) -> Any:
 
 
 def _stored(stores: Stores, array: Any, keep_s: float | None, once: bool, store: str | None = None) -> ArrayRef:
-    array = numpy.asarray(array)
-    if array.dtype.kind not in KINDS:
-        raise ValueError(f"only arrays of numbers travel by reference, not of {array.dtype}")
-    return stores.put(array, keep_s, once, store)
+    return stores.put(foreign.on_host(array), keep_s, once, store)
 
 
 def _opened(stores: Stores, ref: Any) -> Any:
@@ -184,7 +180,8 @@ def _send(stores: Stores, handle: DeviceArray, task: str, *args: Any, **options:
 
 def _encoded(value: Any) -> Any:
     """JSON of an array, or of a form."""
-    if isinstance(value, numpy.ndarray):
+    if not isinstance(value, Form):
+        value = foreign.on_host(value)
         # What a body asks Celery to send, the driver sends: it must not wait for a store.
         is_inline = arrays.passes_on or value.nbytes <= settings().data_inline_bytes
         value = Inline.of(value) if is_inline else put(value)
@@ -212,7 +209,7 @@ def _stores() -> Stores:
     return _stores_of(current_app._get_current_object())
 
 
-for _type in (numpy.ndarray, Inline, ArrayRef, DeviceArray):
+for _type in (numpy.ndarray, foreign.CupyArray, Inline, ArrayRef, DeviceArray):
     register_type(_type, MARKER, _encoded, _decoded)
 for _form_type in (InlineBytes, BlobRef):
     register_type(_form_type, BLOB_MARKER, _encoded, _decoded)

@@ -83,7 +83,7 @@ def _is_result(value: Any) -> bool:
 def _result(meta: dict[str, Any], read: Read) -> dict[str, Any]:
     try:
         return opened(meta, read)  # type: ignore[no-any-return]
-    except DataError as error:
+    except (DataError, ValueError) as error:  # of an envelope that holds no array of numbers
         return {**meta, "status": states.FAILURE, "result": error, "traceback": None, "children": []}
 
 

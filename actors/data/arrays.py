@@ -9,16 +9,17 @@ GPU node (`actors/executor/opening.py`). In every other process validation opens
 import base64
 import binascii
 import io
+import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import numpy
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from actors.data import lists
+from actors.data import foreign, lists
 from actors.data.lists import KINDS
 from actors.unopened import Unopened
 
@@ -171,6 +172,7 @@ def assembled(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "num
     Raises:
         ValueError: more bytes than the array has. Fewer are not noticed: who sends them counts.
     """
+    pieces = begun(pieces)
     target = numpy.empty(shape, dtype)
     flat, start = target.reshape(-1).view(numpy.uint8) if target.size else numpy.empty(0, numpy.uint8), 0
     for piece in pieces:
@@ -180,6 +182,16 @@ def assembled(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "num
         flat[start:end] = numpy.frombuffer(piece, numpy.uint8)
         start = end
     return target
+
+
+def begun(pieces: Iterable[Any]) -> Iterator[Any]:
+    """The same pieces once the first one is there: for data that are lost nobody makes room.
+
+    Raises:
+        Exception: what getting the first piece does.
+    """
+    pieces = iter(pieces)
+    return itertools.chain(list(itertools.islice(pieces, 1)), pieces)
 
 
 # ---- what a task takes
@@ -234,10 +246,10 @@ class ArraySpec(NamedTuple):
             value = value.get()
         if isinstance(value, list | tuple):
             return self._checked_values(self.from_list(value))
-        if not hasattr(value, "__array_interface__") and not hasattr(value, "__cuda_array_interface__"):
-            if not hasattr(value, "__dlpack__"):
-                raise Mismatch(f"expected {self}, found {type(value).__name__}")
-            value = numpy.from_dlpack(value)
+        try:
+            value = foreign.adopted(value)
+        except ValueError as error:
+            raise Mismatch(f"expected {self}, found {error}") from None
         self.check(value.dtype.str, value.shape)
         return self._checked_values(value)
 
@@ -285,10 +297,11 @@ class ArraySpec(NamedTuple):
             raise Mismatch(f"expected {self}, found {error}") from None
 
     def _checked_values(self, array: Any) -> Any:
-        if self.finite and isinstance(array, numpy.ndarray) and array.dtype.kind in "fc":
-            is_finite = numpy.isfinite(array)
+        if self.finite and array.dtype.kind in "fc":
+            xp = foreign.module_of(array)
+            is_finite = xp.isfinite(array)
             if not is_finite.all():
-                place = tuple(int(each) for each in numpy.argwhere(~is_finite)[0])
+                place = tuple(int(each) for each in xp.argwhere(~is_finite)[0])
                 raise Mismatch(f"expected finite numbers, found NaN or an infinity at {_shown(place)}")
         return array
 

@@ -11,9 +11,10 @@ import numpy
 from pydantic import ConfigDict, Field
 
 from actors.data.arrays import ArrayRef, Described, register_form
+from actors.data.foreign import is_device_array
 from actors.errors import DataCorrupt, HandleLost
 from actors.executor import device_results
-from actors.executor.device import is_device_array, to_host
+from actors.executor.device import to_host
 
 _Name = Annotated[str, Field(min_length=1, max_length=64, pattern="^[0-9a-f]+$")]
 

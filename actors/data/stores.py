@@ -5,6 +5,7 @@ never by the worker or the driver. A reference names a place, never an address o
 its own configuration. What is written in Redis expires; so does nothing in a file store, whose owner sets a life cycle.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -289,6 +290,8 @@ class Stores:
             raise ValueError(f'store is "{RAY}", or None for where BRIDGE_DATA_URL says; not {store!r}')
         self._check_size(data.nbytes)
         wanted_s = self._config.keep_s if keep_s is None else keep_s
+        if not 0 < wanted_s < math.inf:
+            raise ValueError(f"keep_s is for how many seconds data are kept, more than 0 and not {keep_s!r}")
         if (store or self._config.url) == RAY:  # without a checksum: no object of Ray's ever changes
             if data.nbytes > self._config.ray_bytes:  # before it is copied anywhere
                 allowed = readable(self._config.ray_bytes)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy
 
-from actors.data.arrays import assembled
+from actors.data.arrays import assembled, begun
+from actors.data.foreign import is_device_array
 from actors.executor.device_api import Device, DeviceInfo, DeviceUnusable, Memory, Stream
 from actors.executor.pinned import PinnedCopies, is_worth_it
 from actors.sizes import read_bytes
@@ -247,6 +248,7 @@ class CudaDevice:
 
     def receive(self, pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> Any:
         """A new CuPy array; of a large one each piece is on its way to the device while the next one comes in."""
+        pieces = begun(pieces)
         target = self._cupy.empty(shape, numpy.dtype(dtype).newbyteorder("="))
         if numpy.dtype(dtype).isnative and is_worth_it(target):
             start = 0
@@ -335,11 +337,6 @@ def to_host(array: Any) -> Any:
     the executor copies them in the same way, after all bodies of the group are launched.
     """
     return _current.to_host(array)
-
-
-def is_device_array(value: Any) -> bool:
-    """Whether a value is a CuPy array or scalar, told without importing CuPy."""
-    return type(value).__module__.partition(".")[0] == "cupy"
 
 
 def is_short_of_memory(error: BaseException) -> bool:

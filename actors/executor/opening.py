@@ -19,12 +19,12 @@ from actors.batching import run_prepared
 from actors.contract import Config
 from actors.data.arrays import ArrayRef, ArraySpec
 from actors.data.blobs import BlobRef
+from actors.data.foreign import is_device_array
 from actors.data.handles import DeviceArray
 from actors.data.lists import KINDS
 from actors.data.stores import Stores
 from actors.errors import DataError, HandleLost, PayloadInvalid, problem
 from actors.executor import device_results
-from actors.executor.device import is_device_array
 from actors.executor.device_api import Device
 from actors.unopened import Unopened
 
@@ -205,10 +205,11 @@ class Opener:
 def _with_arrays(value: Any, convert: Callable[[Any], Any], of_bytes: Callable[[bytes], Any]) -> Any:
     """`value` with something else in the place of each array and of bytes, also inside lists, tuples and dicts.
 
-    A number stays one: ``x.sum()`` is an array without dimensions in CuPy, and none in NumPy.
+    A number stays one: ``x.sum()`` is an array without dimensions in CuPy, and none in NumPy. So do arrays of text and
+    dates, which become lists as with any other task.
     """
     if is_device_array(value) or isinstance(value, numpy.ndarray):
-        return convert(value) if getattr(value, "ndim", 0) else value
+        return convert(value) if getattr(value, "ndim", 0) and value.dtype.kind in KINDS else value
     if isinstance(value, bytes):
         return of_bytes(value)
     if isinstance(value, tuple):  # a NamedTuple becomes a plain one, as in `outcomes.plain`

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 
 from actors.contract import Failed, FailureKind
 from actors.data.arrays import Form
+from actors.data.foreign import is_device_array
 from actors.exceptions import dumps
-from actors.executor.device import is_device_array, to_host
+from actors.executor.device import to_host
 from actors.executor.interrupt import Cancelled
 from actors.wishes import ReplaceWanted, RetryWanted
 

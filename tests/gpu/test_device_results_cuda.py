@@ -5,8 +5,9 @@ import gc
 import numpy
 import pytest
 
+from actors.data.foreign import is_device_array
 from actors.executor import device
-from actors.executor.device import is_device_array, open_device
+from actors.executor.device import open_device
 from actors.executor.device_results import DeviceResults
 from actors.executor.leaks import Leaks
 from actors.executor.residents import Residents
