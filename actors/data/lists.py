@@ -47,7 +47,7 @@ def cast(array: "numpy.ndarray[Any, Any]", wanted: "numpy.dtype[Any]") -> "numpy
     """
     if array.dtype == wanted:
         return array
-    if wanted.kind in "iu" and array.size:
+    if wanted.kind in "iu" and array.size and array.dtype.kind != "b":
         bounds = numpy.iinfo(wanted)
         if array.min() < bounds.min or array.max() > bounds.max:
             raise ValueError(f"a number beyond {bounds.min} to {bounds.max}")

@@ -1,5 +1,6 @@
 """Lists of numbers in JSON text become arrays, without a Python object for each number."""
 
+import math
 from typing import Any, Literal
 
 import numpy
@@ -42,7 +43,8 @@ def array_of(text: Any, as_floats: bool) -> "numpy.ndarray[Any, Any] | None":
             continue
         except (ValueError, RuntimeError):
             return None
-        return array.reshape(shape)
+        fits = shape == (-1,) or array.size == math.prod(shape)  # a row of one number looks like one of none
+        return array.reshape(shape) if fits else None
     return None
 
 

@@ -118,6 +118,7 @@ LISTS = {
     "floats for unsigned": ("u8", [1.5, 2**63], "found a list of float64"),
     "unsigned for signed": ("i8", [2**63], "found a number beyond"),
     "truth values for unsigned": ("u1", [True, 2], [1, 2]),
+    "truth values alone for the longest unsigned": ("u8", [True, False], [1, 0]),
     "integers for truth values": ("?", [1], "found a list of int64"),
     "too large for float32": ("f4", [0.5, 1e300], "found a number that is too large for float32"),
     "too large for float16": ("f2", [[-1e5]], "found a number that is too large for float16"),

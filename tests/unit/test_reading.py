@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from actors.batching import Batch, batched, run_batch
-from actors.closed import split
+from actors.closed import ClosedList, split
 from actors.errors import PayloadInvalid
 from actors.executor.reading import Reader
 from bridge.data import Array
@@ -127,6 +129,29 @@ def test_what_an_open_list_is_told_a_closed_one_is_told_too():
             except PayloadInvalid as error:
                 told.append(error.problems)
         assert told[0] == told[1]
+
+
+NUMBER = st.integers(-(2**65), 2**65) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 300)
+ROW = st.lists(NUMBER, max_size=3) | st.lists(st.booleans(), max_size=2) | st.lists(NUMBER | st.none(), max_size=3)
+ROWS = st.builds(lambda row, times, odd: [row] * times + [odd], ROW, st.integers(0, 3), ROW) | st.lists(ROW, max_size=3)
+
+
+@given(
+    values=ROW | ROWS | st.lists(ROWS, max_size=3) | st.lists(st.lists(NUMBER, max_size=1), max_size=4),
+    dtype=st.sampled_from(["?", "i1", "i8", "u1", "u8", "f2", "f4", "f8", ">f8", "c16"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_list_closed_and_open_is_the_same_array_or_the_same_error(values, dtype):
+    def takes(values: Array[dtype]) -> None: ...
+
+    reader, told = Reader("shop.task", takes), []
+    for each in (values, ClosedList(json.dumps(values).encode())):
+        try:
+            array = reader.read_all((each,), {}, True)[0][0]
+            told.append((array.dtype, array.shape, array.tobytes()))
+        except PayloadInvalid as error:
+            told.append(error.problems)
+    assert told[0] == told[1]
 
 
 def test_a_number_that_python_takes_for_too_long_names_its_argument():
