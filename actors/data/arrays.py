@@ -19,7 +19,7 @@ import numpy
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from actors.data import foreign, lists
+from actors.data import foreign, lists, shapes
 from actors.data.lists import KINDS
 from actors.unopened import Unopened
 
@@ -96,7 +96,9 @@ class Described(_Form):
         """Raises ValueError where size, shape and dtype contradict each other."""
         wanted = math.prod(self.shape) * _dtype(self.dtype).itemsize
         if self.size_bytes != wanted:
-            raise ValueError(f"{self.dtype} of shape {_shown(self.shape)} has {wanted} bytes, not {self.size_bytes}")
+            raise ValueError(
+                f"{self.dtype} of shape {shapes.shown(self.shape)} has {wanted} bytes, not {self.size_bytes}"
+            )
 
 
 class ArrayRef(Described):
@@ -161,7 +163,7 @@ def read_npy(data: Any) -> "numpy.ndarray[Any, Any]":
     size = math.prod(shape) * dtype.itemsize
     left = len(data) - file.tell()
     if left != size:
-        raise ValueError(f"{dtype.str} of shape {_shown(shape)} has {size} bytes, and {left} follow the header")
+        raise ValueError(f"{dtype.str} of shape {shapes.shown(shape)} has {size} bytes, and {left} follow the header")
     array = numpy.frombuffer(data, dtype, math.prod(shape), file.tell())
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
 
@@ -178,7 +180,7 @@ def assembled(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "num
     for piece in pieces:
         end = start + len(piece)
         if end > flat.size:
-            raise ValueError(f"{dtype} of shape {_shown(shape)} has {flat.size} bytes, and more came")
+            raise ValueError(f"{dtype} of shape {shapes.shown(shape)} has {flat.size} bytes, and more came")
         flat[start:end] = numpy.frombuffer(piece, numpy.uint8)
         start = end
     return target
@@ -275,8 +277,8 @@ class ArraySpec(NamedTuple):
         wrong = found.kind not in KINDS
         if self.dtype is not None:
             wrong = wrong or not numpy.can_cast(found, _dtype(self.dtype), "safe")
-        if wrong or not self._fits(shape):
-            raise Mismatch(f"expected {self}, found {found.name} of shape {_shown(shape)}")
+        if wrong or not shapes.fit(shape, self.shape):
+            raise Mismatch(f"expected {self}, found {found.name} of shape {shapes.shown(shape)}")
 
     def from_list(self, values: Any) -> "numpy.ndarray[Any, Any]":
         """The array of a list of numbers, or of the array that NumPy makes of it; its values are not checked.
@@ -289,8 +291,8 @@ class ArraySpec(NamedTuple):
             array = lists.array_of_numbers(values, wanted)
         except ValueError as error:
             raise Mismatch(f"expected {self}, found {error}") from None
-        if not self._fits(array.shape):
-            raise Mismatch(f"expected {self}, found a list of shape {_shown(array.shape)}")
+        if not shapes.fit(array.shape, self.shape):
+            raise Mismatch(f"expected {self}, found a list of shape {shapes.shown(array.shape)}")
         try:
             return array if wanted is None else lists.cast(array, wanted)
         except ValueError as error:
@@ -302,33 +304,19 @@ class ArraySpec(NamedTuple):
             is_finite = xp.isfinite(array)
             if not is_finite.all():
                 place = tuple(int(each) for each in xp.argwhere(~is_finite)[0])
-                raise Mismatch(f"expected finite numbers, found NaN or an infinity at {_shown(place)}")
+                raise Mismatch(f"expected finite numbers, found NaN or an infinity at {shapes.shown(place)}")
         return array
-
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        if self.shape is None:
-            return True
-        if len(shape) != len(self.shape):
-            return False
-        names: dict[str, int] = {}
-        for length, wanted in zip(shape, self.shape, strict=True):
-            if isinstance(wanted, int):
-                fits = length == wanted
-            elif isinstance(wanted, slice):
-                fits = (wanted.start or 0) <= length <= (math.inf if wanted.stop is None else wanted.stop)
-            else:
-                fits = wanted == "*" or names.setdefault(wanted, length) == length
-            if not fits:
-                return False
-        return True
 
     def __str__(self) -> str:
         dtype = "numbers" if self.dtype is None else _dtype(self.dtype).name
-        shape = "any shape" if self.shape is None else f"shape ({', '.join(map(_dimension, self.shape))})"
+        shape = "any shape" if self.shape is None else f"shape ({', '.join(map(shapes.dimension, self.shape))})"
         return f"{'finite ' if self.finite else ''}{dtype} of {shape}"
 
     def __repr__(self) -> str:
         return f"ArraySpec({self})"
+
+    def __hash__(self) -> int:  # before Python 3.12 a slice has none, and ``| None`` asks for it
+        return hash(str(self))
 
 
 #: References seen by validation in a process that `passes_on` since the last look; the driver takes them.
@@ -346,7 +334,7 @@ class Array:
         dtype, *shape = parts if isinstance(parts, tuple) else (parts,)
         spec = ArraySpec(None if dtype is None else _dtype(dtype).str, tuple(shape) if shape else None)
         for each in spec.shape or ():
-            if not isinstance(each, int | str | slice):
+            if not shapes.is_dimension(each):
                 raise TypeError(f"Array[...]: a dimension is a length, a name, '*' or slice(least, most), not {each!r}")
         return Annotated[Any, spec]
 
@@ -377,17 +365,6 @@ def _dtype(text: Any) -> "numpy.dtype[Any]":
     if dtype.kind not in KINDS:
         raise ValueError(f"arrays of {dtype} are not accepted, only numbers and truth values")
     return dtype
-
-
-def _shown(shape: Iterable[Any]) -> str:
-    parts = [str(each) for each in shape]
-    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
-
-
-def _dimension(wanted: Any) -> str:
-    if not isinstance(wanted, slice):
-        return str(wanted)
-    return f"{wanted.start or 0}..{'' if wanted.stop is None else wanted.stop}"
 
 
 if TYPE_CHECKING:

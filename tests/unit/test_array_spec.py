@@ -224,10 +224,20 @@ def test_what_is_no_array():
             read(spec("f8"), value)
 
 
-@pytest.mark.parametrize("parts", [("f8", 1.5), ("f8", None), ("nonsense",), ("O",), ("S3",), ("M8[s]",)])
+WRONG = [("f8", 1.5), ("f8", None), ("nonsense",), ("O",), ("S3",), ("M8[s]",)]
+NEVER_FITS = [("f8", -1), ("f8", True), ("f8", slice(3, 1)), ("f8", slice(1, 3, 2)), ("f8", slice(1.5, 3))]
+
+
+@pytest.mark.parametrize("parts", WRONG + NEVER_FITS)
 def test_a_wrong_type_fails_where_it_is_declared(parts):
     with pytest.raises((TypeError, ValueError)):
         Array[parts]
+
+
+@pytest.mark.parametrize("dimension", ["n", 2, slice(1, 3)])
+def test_it_may_be_left_out(dimension):
+    optional = TypeAdapter(Array["f8", dimension] | None)
+    assert optional.validate_python(None) is None and optional.validate_python([1, 2]).tolist() == [1, 2]
 
 
 def test_every_array_in_a_body_can_be_written_into(monkeypatch):
