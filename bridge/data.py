@@ -190,7 +190,12 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: Any) -> Any:
     """A form, or in a producer the array or the bytes; there a handle stays one, so that it can be sent on."""
-    form = as_form(value)
+    try:
+        form = as_form(value)
+    except ValueError:
+        if arrays.keeps_forms:  # a worker would drop the message: the task's check says what is wrong with it
+            return value
+        raise
     if arrays.keeps_forms or not isinstance(form, Form) or unread.wait_for_the_whole():
         return form
     return _value_of(form)

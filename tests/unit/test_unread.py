@@ -72,6 +72,17 @@ def test_in_other_json_it_is_an_error_of_reading_it():
     assert (decoded([Inline.of(ARRAY)])[0] == ARRAY).all()
 
 
+def test_a_broken_one_passes_a_worker_for_the_task_to_say_so(monkeypatch):
+    """A message that cannot be decoded is dropped, and its sender would wait for ever."""
+    broken = {"kind": "door"}
+    text = '[[{"__type__": "bridge.array", "__value__": {"kind": "door"}}], {}, {}]'
+    monkeypatch.setattr(data.arrays, "keeps_forms", True)
+    assert loads(text, "application/json", "utf-8") == [[broken], {}, {}]
+    monkeypatch.setattr(data.arrays, "keeps_forms", False)
+    with pytest.raises(DecodeError, match="kind must be one of"):
+        loads(text, "application/json", "utf-8")
+
+
 def test_plain_json_and_passing_processes_are_left_alone(monkeypatch):
     assert decoded([[1], {"a": 2}, None]) == [[1], {"a": 2}, None]
     monkeypatch.setattr(data.arrays, "keeps_forms", True)
