@@ -10,8 +10,11 @@ import threading
 import numpy
 import pytest
 from billiard.exceptions import TimeLimitExceeded
+from celery import chord
 from celery.exceptions import TaskRevokedError
 from celery.result import ResultSet
+from kombu import Connection
+from kombu.exceptions import EncodeError
 
 from bridge import data, errors
 from bridge.data import Inline
@@ -125,6 +128,39 @@ def test_a_cpu_task_gets_the_value(app, send):
     assert send("on_cpu", [1.0]).get(**GET) == ["list", 1]
     chained = (s["doubled"](values) | s["doubled"]() | s["total"]()).apply_async()
     assert chained.get(**GET) == 4 * values.sum()
+
+
+@pytest.mark.parametrize("count", [5, 50_000], ids=["inside", "by reference"])
+def test_cpu_and_gpu_tasks_hand_arrays_to_each_other(app, count):
+    """In the middle of a chain, and in a chord whose header is of both; the last of them to end collects the arrays."""
+    names = "doubled halved_on_cpu total sums sums_on_cpu"
+    s = {name: app.tasks[f"tests.apps.data.{name}"].s for name in names.split()}
+    values = numpy.arange(float(count))
+    total = values.sum()
+    assert (s["doubled"](values) | s["halved_on_cpu"]() | s["total"]()).apply_async().get(**GET) == total
+    header = [s["doubled"](values), s["halved_on_cpu"](values)] * 2
+    assert chord(header)(s["sums"]()).get(**GET) == [2 * total, total / 2] * 2
+    assert chord(header)(s["sums_on_cpu"]()).get(**GET) == [["ndarray", 2 * total], ["ndarray", total / 2]] * 2
+
+
+def test_what_is_no_array_of_numbers_is_refused_where_it_is_sent_or_a_list(send):
+    with pytest.raises(EncodeError, match="not of <U1; send a list"):
+        send("names_on_cpu").get(**GET)
+    found = send("names", ARRAY).get(**GET)
+    assert found["names"] == ["a", "b"] and found["values"].tolist() == ARRAY.tolist()
+
+
+def test_a_broken_form_in_kombus_envelope_is_told_its_sender(app, redis_server):
+    """As another language may write it: the message is not dropped."""
+    form = {"__type__": "bridge.array", "__value__": {"kind": "ref"}}
+    body = json.dumps([[form], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+    with Connection(redis_server.url) as connection:
+        connection.Producer().publish(
+            body, exchange="", routing_key=QUEUE, headers={"task": "tests.apps.data.total", "id": "broken-form"},
+            content_type="application/json", content_encoding="utf-8",
+        )  # fmt: skip
+    with pytest.raises(errors.PayloadInvalid, match=r"values: .*a broken reference or envelope: dtype: Field required"):
+        app.AsyncResult("broken-form").get(**GET)
 
 
 @pytest.mark.parametrize("name", ["", "values"])

@@ -10,7 +10,7 @@ import sys
 
 import numpy
 import pytest
-from celery import Celery, chord
+from celery import Celery, chord, group
 from celery.exceptions import TaskRevokedError
 
 from bridge import data, errors
@@ -181,6 +181,14 @@ def test_a_cpu_task_gets_the_value(s, redis_server):
     (s.ones(40) | s.doubled() | s.on_cpu()).delay().get(**GET)
 
 
+def test_cpu_and_gpu_tasks_take_the_same_array(s):
+    """In the middle of a chain, in a chord's header, and in a group behind one."""
+    assert (s.ones(50) | s.passed_on_cpu() | s.doubled() | s.place()).delay().get(**GET)[2] == 100
+    assert chord([s.ones(50), s.on_cpu_array(50)])(s.joined()).get(**GET)[1] == [50, 100]
+    held, value = (s.ones(50) | group(s.place(), s.on_cpu())).delay().get(**GET)
+    assert (held[2], value[:2]) == (50, ["ndarray", 50])
+
+
 def test_a_task_without_an_annotation_gets_what_is_good_for_the_value(s):
     handle = s.ones(50).delay().get(**GET)
     assert s.unannotated(handle).delay().get(**GET) == ["DeviceArray", 50]
@@ -289,6 +297,17 @@ def test_those_that_run_with_or_wait_for_an_executor_that_dies_are_told(s, actor
     for result in (running, waiting):  # the first may run twice, and finds it gone
         with pytest.raises(errors.HandleLost, match="has ended"):
             result.get(**GET)
+
+
+def test_an_actor_that_is_killed_between_two_steps_of_a_chain(s, actors, tmp_path):
+    last = (s.ones(50) | s.held_up(str(tmp_path)) | s.place()).delay()
+    handle = last.parent.parent.get(**GET)
+    wait_for((tmp_path / "started").exists, "the second step's start")
+    (actor,) = [row["pid"] for row in actors() if row["executor"] == handle.executor]
+    os.kill(actor, signal.SIGKILL)
+    with pytest.raises(errors.HandleLost, match="has ended"):
+        last.get(**GET)
+    assert (s.ones(50) | s.doubled() | s.place()).delay().get(**GET)[2] == 100
 
 
 def changed(handle, **fields):

@@ -113,3 +113,29 @@ def doubles_again(self, values: object) -> float:
     if isinstance(values, int):
         raise self.retry(args=(numpy.full(values, 2.0),), countdown=0)
     return float(numpy.asarray(values).sum())
+
+
+@app.task
+def halved_on_cpu(values) -> object:
+    """Takes an array and answers with one, as tasks do that know nothing of the bridge."""
+    return values / 2
+
+
+@app.task
+def sums_on_cpu(arrays) -> list:
+    return [[type(each).__name__, float(each.sum())] for each in arrays]
+
+
+@app.task(gpu=True)
+def sums(arrays: list[Floats]) -> list:
+    return [float(each.sum()) for each in arrays]
+
+
+@app.task
+def names_on_cpu() -> object:
+    return numpy.array(["a", "b"])
+
+
+@app.task(gpu=Gpu(result="ref"))
+def names(values: Floats) -> dict:
+    return {"names": numpy.array(["a", "b"]), "values": values}

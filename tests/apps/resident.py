@@ -113,3 +113,13 @@ def held_till_killed(values: Array, folder: str) -> object:
 @app.task
 def on_cpu(values) -> list:
     return [type(values).__name__, float(numpy.asarray(values).sum()), os.getpid()]
+
+
+@app.task
+def on_cpu_array(count: int) -> object:
+    return numpy.full(count, 2.0)
+
+
+@app.task
+def passed_on_cpu(values) -> object:
+    return values
