@@ -14,7 +14,7 @@ from actors.data.stores import Stores
 from actors.executor.device import CpuDevice
 from actors.executor.opening import Opener
 from bridge import data
-from bridge.errors import DataLost
+from bridge.errors import DataLost, StoreUnavailable
 
 ARRAY = numpy.arange(3.0)
 FLOATS = TypeAdapter(Annotated[Any, ArraySpec("float64")])
@@ -139,6 +139,16 @@ def test_what_no_reader_would_take_is_refused_where_it_is_sent(folder, array, te
     with pytest.raises(ValueError, match=text):
         data.put(array)
     assert not folder.exists()
+
+
+def test_a_store_that_takes_nothing_is_named_to_who_sends(monkeypatch):
+    """kombu wraps whatever an encoder raises."""
+    monkeypatch.setattr(data, "_stores", lambda: Stores(None, StoreConfig("redis://127.0.0.1:1")))
+    with pytest.raises(EncodeError, match="Redis did not take 781") as caught:
+        dumps([numpy.ones(100_000)], "json")
+    assert isinstance(caught.value.args[0], StoreUnavailable)
+    with pytest.raises(StoreUnavailable, match="Redis did not take"):
+        data.put(ARRAY)
 
 
 def test_a_result_that_holds_no_array_of_numbers_is_a_failure_of_its_own(monkeypatch):
