@@ -117,7 +117,7 @@ def _reason(error: Any) -> str:
     """What is wrong, without the value; pydantic quotes the tag of a union."""
     if error["type"] == "union_tag_invalid":
         return f"Input tag does not match any of the expected tags: {error['ctx']['expected_tags']}"
-    return str(error["msg"])
+    return str(error["msg"]).removeprefix("Value error, ")  # as where arguments are opened
 
 
 def _field(location: tuple[int | str, ...], positional: list[str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.batching import batched
+from actors.data.arrays import Array
 from actors.validation import MAX_PROBLEMS, checker
 from bridge.errors import PayloadInvalid
 
@@ -279,6 +280,14 @@ def test_the_value_is_never_shown(hint):
         problems(body, [SECRET])
     else:
         problems(body, SECRET)
+
+
+def test_a_validators_own_words_are_told_as_they_are():
+    def body(values: Array):
+        pass
+
+    with pytest.raises(PayloadInvalid, match="invalid payload: values: expected numbers of any shape, found str"):
+        check(body, "x")
 
 
 def test_text_sent_as_field_name_is_bounded():
