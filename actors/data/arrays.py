@@ -142,7 +142,8 @@ def as_form(value: Any) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"a broken reference or envelope: {place + ': ' if place else ''}{first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"a broken reference or envelope: {place + ': ' if place else ''}{reason}") from None
 
 
 def read_npy(data: Any) -> "numpy.ndarray[Any, Any]":

@@ -267,6 +267,12 @@ def test_the_driver_passes_on(monkeypatch):
         spec("f8", 3).validate(ref)
 
 
+def test_a_size_that_contradicts_the_shape_is_told_plainly():
+    ref = {"kind": "ref", "url": "redis:" + "a" * 32, "dtype": "<f8", "shape": [2], "size_bytes": 15}
+    with pytest.raises(ValueError, match=r"^a broken reference or envelope: <f8 of shape \(2,\) has 16 bytes, not 15$"):
+        spec("f8").validate(ref)
+
+
 BROKEN = {
     "dtype": {"dtype": "|O"},
     "no dtype": {"dtype": "nonsense"},
