@@ -4,6 +4,7 @@ from abc import ABC
 from typing import Any
 
 import numpy
+from celery.exceptions import SoftTimeLimitExceeded
 
 from actors.data.lists import KINDS
 
@@ -50,6 +51,8 @@ def adopted(value: Any) -> Any:
             return numpy.from_dlpack(value)
         if hasattr(value, "__array_interface__"):
             return numpy.asarray(value)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception as error:  # each library has its own
         raise ValueError(f"{name}, which cannot be read here: {error}") from None
     raise ValueError(name)

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import numpy
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps, loads
 from pydantic import TypeAdapter, ValidationError
@@ -100,6 +101,11 @@ def test_what_numpy_can_read_is_an_array():
 def test_what_its_library_does_not_give_out_is_said(value, text):
     with pytest.raises(ValidationError, match=text):
         FLOATS.validate_python(value)
+
+
+def test_a_soft_limit_within_a_library_is_no_broken_array():
+    with pytest.raises(SoftTimeLimitExceeded):
+        FLOATS.validate_python(Speaks(SoftTimeLimitExceeded()))
 
 
 def test_a_cupy_array_is_looked_through_for_nan_too():
