@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy
 
-from actors.data.redis_values import CHUNK_BYTES as PIECE_BYTES
-from actors.executor.device import open_device
-
 #: Items in one run, and floats in one item.
 BATCHES, WIDTH = (1, 4, 16, 64, 256, 1024, 4096), 1024
 
@@ -59,17 +56,7 @@ def bandwidth(size: Mapping[str, float]) -> Measured:
         figures[f"to device {kind} GB/s"] = device.nbytes / seconds(lambda host=host: device.set(host), 5) / 1e9
         figures[f"to host {kind} GB/s"] = device.nbytes / seconds(lambda host=host: device.get(out=host), 5) / 1e9
     figures["pinned gain"] = figures["to device pinned GB/s"] / figures["to device pageable GB/s"]
-    ours = open_device("cuda", "90%")
-    figures["data to device GB/s"] = device.nbytes / seconds(lambda: received(ours, hosts["pageable"]), 5) / 1e9
-    figures["data / pinned"] = figures["data to device GB/s"] / figures["to device pinned GB/s"]
     return figures, {}
-
-
-def received(device: Any, array: Any) -> Any:
-    """The way of data by reference: a device array of bytes that come in pieces, as a store gives them."""
-    data = memoryview(array).cast("B")
-    pieces = (data[start : start + PIECE_BYTES] for start in range(0, data.nbytes, PIECE_BYTES))
-    return device.receive(pieces, array.shape, array.dtype.str)
 
 
 def overlap(size: Mapping[str, float]) -> Measured:
