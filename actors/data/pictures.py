@@ -27,7 +27,8 @@ class ImageSpec(BlobSpec):
     Args:
         most_bytes: size of the file, at most.
         formats: PNG, JPEG or both.
-        most_pixels: width times height, at most; three bytes of memory each, and as `float32` twelve.
+        most_pixels: width times height, at most; three bytes of memory each, and as `float32` twelve. Above 178,956,970
+            Pillow refuses them by itself, unless its `MAX_IMAGE_PIXELS` is raised in the app.
     """
 
     most_bytes: int | None = 32 << 20
@@ -80,7 +81,8 @@ def decoded(file: bytes, most_pixels: int, formats: tuple[str, ...] = ("PNG", "J
     except SoftTimeLimitExceeded:
         raise
     except pillow.DecompressionBombError as error:
-        raise ValueError(f"the picture is too large to decode, at most {most_pixels} pixels: {error}") from error
+        allowed = min(most_pixels, 2 * (pillow.MAX_IMAGE_PIXELS or most_pixels))  # above that Pillow refuses
+        raise ValueError(f"the picture is too large to decode, at most {allowed} pixels: {error}") from error
     except UnidentifiedImageError:
         raise ValueError("the picture cannot be read: its header is broken") from None
     except Exception as error:  # Pillow raises a dozen other types for one

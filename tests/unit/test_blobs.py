@@ -186,6 +186,13 @@ def test_a_picture_of_too_many_pixels_is_refused_before_one_is_decoded(monkeypat
         spec.pixels(PNG)
 
 
+@pytest.mark.parametrize(("most", "told"), [(5, 5), (100, 8)])
+def test_pillows_own_limit_is_told_where_it_is_the_lower_one(most, told, monkeypatch):
+    monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", 4)  # twice as many are an error
+    with pytest.raises(ValueError, match=f"too large to decode, at most {told} pixels: "):
+        ImageSpec(most_pixels=most).pixels(png(3, 3))
+
+
 def test_one_format_alone():
     with pytest.raises(ValueError, match="the picture is no JPEG"):
         ImageSpec(formats=("JPEG",)).pixels(png(1, 1))
