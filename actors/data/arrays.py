@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import numpy
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 from actors.data import foreign, lists, shapes
@@ -197,6 +197,10 @@ def begun(pieces: Iterable[Any]) -> Iterator[Any]:
     return itertools.chain(list(itertools.islice(pieces, 1)), pieces)
 
 
+#: JSON Schema of a reference or an envelope.
+FORM_SCHEMA = {"type": "object", "title": "reference or envelope", "required": ["kind"]}
+
+
 # ---- what a task takes
 
 
@@ -220,6 +224,9 @@ class ArraySpec(NamedTuple):
             self.validate,
             serialization=core_schema.plain_serializer_function_ser_schema(_serialized, when_used="json"),
         )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"description": str(self), "anyOf": [shapes.json_schema(self.shape), FORM_SCHEMA]}
 
     def validate(self, value: Any) -> Any:
         """`value` as a device array, or as `Unopened` in a process that `passes_on`.
@@ -342,6 +349,10 @@ class Array:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return ArraySpec().__get_pydantic_core_schema__(source, handler)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return ArraySpec().__get_pydantic_json_schema__(schema, handler)
 
 
 # ---- small things

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetCoreSchemaHandler
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from actors.data import arrays
-from actors.data.arrays import Form, as_form, register_form
+from actors.data.arrays import FORM_SCHEMA, Form, as_form, register_form
 from actors.sizes import readable
 from actors.unopened import Unopened
 
@@ -89,6 +89,10 @@ class BlobSpec:
         return core_schema.no_info_plain_validator_function(
             self.validate, serialization=core_schema.plain_serializer_function_ser_schema(_shown, when_used="json")
         )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        text = {"type": "string", "description": "base64, or a URL"}
+        return {"description": f"a {self.noun}", "anyOf": [text, FORM_SCHEMA]}
 
     def validate(self, value: Any) -> Any:
         """What the body gets, or `Unopened` in a process that passes on.

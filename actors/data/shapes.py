@@ -52,3 +52,16 @@ def dimension(wanted: Any) -> str:
     if not isinstance(wanted, slice):
         return str(wanted)
     return f"{wanted.start or 0}..{'' if wanted.stop is None else wanted.stop}"
+
+
+def json_schema(wanted: Sequence[Any] | None) -> dict[str, Any]:
+    """JSON Schema of the lists that have such a shape, as far as that can say it: not that lengths are equal."""
+    if wanted is None:
+        return {"type": "array"}
+    schema: dict[str, Any] = {"type": "number"}
+    for each in reversed(wanted):
+        schema = {"type": "array", "items": schema}
+        least, most = (each.start, each.stop) if isinstance(each, slice) else (each, each)
+        schema |= {"minItems": least} if isinstance(least, int) else {}
+        schema |= {"maxItems": most} if isinstance(most, int) else {}
+    return schema

@@ -6,15 +6,18 @@ import pickle
 import tracemalloc
 from typing import Annotated, Any
 
+import jsonschema
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from actors.data import arrays
 from actors.data.arrays import Array, ArrayRef, ArraySpec, Inline, Mismatch, read_npy
+from actors.data.blobs import Blob
+from actors.data.pictures import Image
 from actors.executor.device import CpuDevice
 from actors.unopened import Unopened
 
@@ -348,3 +351,43 @@ def test_what_only_speaks_dlpack_is_an_array():
     assert found.tolist() == [0, 1, 2]
     with pytest.raises(ValidationError, match="expected int64 of any shape, found float64"):
         TypeAdapter(Annotated[Any, ArraySpec("int64")]).validate_python(Foreign())
+
+
+# ---- JSON Schema: models with arrays and files in them can be described, for FastAPI and the like
+
+
+class Described(BaseModel):
+    points: Array["float64", slice(1, 3), 2]  # noqa: F821 - a name, not a class
+    any_array: Array
+    file: Blob
+    picture: Image | None = None
+
+
+def is_described(**changes):
+    value = {"points": [[1, 2]], "any_array": [[1], [2.5]], "file": "AAAA"} | changes
+    try:
+        jsonschema.validate(value, Described.model_json_schema())
+    except jsonschema.ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "form", [Inline.of(numpy.zeros((2, 2))), ArrayRef(url="redis:1", dtype="<f8", shape=(2, 2), size_bytes=32)]
+)
+def test_forms_are_in_the_schema(form):
+    assert is_described(points=form.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [([[1, 2]], True), ([[1, 2]] * 3, True), ([], False), ([[1, 2]] * 4, False), ([[1]], False), ([["x", 2]], False)],
+)
+def test_lists_are_described_by_their_shape(points, expected):
+    assert is_described(points=points) is expected
+
+
+def test_what_the_schema_says_of_the_rest():
+    assert is_described(file="https://example.org/x") and is_described(picture="AAAA")
+    assert not is_described(any_array="text") and not is_described(file=3)
+    assert Described.model_json_schema()["properties"]["points"]["description"] == "float64 of shape (1..3, 2)"
