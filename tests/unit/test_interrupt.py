@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 
+import numpy
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
@@ -16,6 +17,7 @@ from actors.executor.device import CudaDevice
 from actors.executor.interrupt import Cancelled, Interrupter
 from actors.executor.pinned import PinnedCopies
 from actors.journal import Journal
+from tests.support.services import wait_for
 from tests.unit.test_pinned import FakeCupy
 
 
@@ -345,3 +347,31 @@ def test_who_waits_for_the_rest_of_an_array_on_its_way_to_a_gpu_is_reached(execu
 
     error = executor.run(lambda: gpu.receive(pieces(), (16,), "|u1"))
     assert isinstance(error, SoftTimeLimitExceeded) and not came
+
+
+def test_who_waits_for_the_threads_that_share_a_copy_is_interrupted_after_it(executor, monkeypatch):
+    """Or they would go on with arrays that the body has given up."""
+    monkeypatch.setattr(pinned, "SLAB_BYTES", 100)
+    monkeypatch.setattr(pinned, "THREADS", 2)
+    fake, main, begun = FakeCupy(), threading.get_ident(), queue.SimpleQueue()
+    copies, copy, after = PinnedCopies(fake), fake.queue, []
+
+    def copies_late(*piece):
+        if threading.get_ident() == main:
+            if not fake.copies:
+                begun.get(timeout=30)  # so that the other has one, too
+        else:
+            begun.put(None)
+            wait_for(lambda: sys._current_frames()[main].f_code.co_name in ("_share", "<listcomp>"), "its wait", 10)
+            executor.journal.want(executor.interrupter.serial, Reason.SOFT_LIMIT)
+            signal.pthread_kill(main, INTERRUPT_SIGNAL)
+            wait_for(lambda: executor.journal.taken() == 1, "the signal", 10)
+        copy(*piece)
+
+    def body():
+        copies.to_device(numpy.zeros(200, "uint8"))
+        after.append(1)
+
+    fake.cuda.runtime.memcpyAsync = copies_late
+    assert type(executor.run(body)) is SoftTimeLimitExceeded and not after
+    assert sum(size for _, _, size in fake.copies) == 200

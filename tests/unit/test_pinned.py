@@ -3,6 +3,8 @@
 The fake copies only when its event is waited for or asked about, as late as a GPU may.
 """
 
+import ctypes
+import threading
 import types
 
 import numpy
@@ -33,37 +35,24 @@ class Event:
 
 
 class Array:
-    """A device array, flat or not; copies from and to it are only queued."""
+    """A device array: where it is and what a person would ask for."""
 
-    def __init__(self, fake, memory):
-        self.fake, self.memory = fake, memory
+    def __init__(self, memory):
+        self.memory, self.data = memory, types.SimpleNamespace(ptr=memory.ctypes.data)
         self.shape, self.dtype, self.nbytes = memory.shape, memory.dtype, memory.nbytes
-
-    def reshape(self, shape):
-        return Array(self.fake, self.memory.reshape(shape))
-
-    def view(self, dtype):
-        return Array(self.fake, self.memory.view(dtype))
-
-    def __getitem__(self, part):
-        return Array(self.fake, self.memory[part])
-
-    def set(self, source, stream):
-        self.fake.queue(self.memory, source, stream)
-
-    def get(self, stream, out, blocking):
-        assert not blocking
-        self.fake.queue(out, self.memory, stream)
 
 
 class FakeCupy:
     def __init__(self):
         self.copies, self.copied, self.waits, self.slabs = [], 0, 0, 0
-        self.stream = object()
+        self.stream = types.SimpleNamespace(ptr=17)
+        self.lock = threading.RLock()
+        self.threads, self.fails_at = set(), None
         self.cuda = types.SimpleNamespace(
             get_current_stream=lambda: self.stream,
             Event=lambda disable_timing: Event(self),
             alloc_pinned_memory=self.allocate,
+            runtime=types.SimpleNamespace(memcpyAsync=self.queue, memcpyHostToDevice=1, memcpyDeviceToHost=2),
         )
 
     def allocate(self, size):
@@ -71,34 +60,108 @@ class FakeCupy:
         return bytearray(size)
 
     def empty(self, shape, dtype):
-        return Array(self, numpy.zeros(shape, dtype))
+        return Array(numpy.zeros(shape, dtype))
 
-    def queue(self, target, source, stream):
-        assert stream is self.stream
-        self.copies.append((target, source))
+    def queue(self, target, source, size, kind, stream):
+        assert stream == self.stream.ptr and kind in (1, 2)
+        with self.lock:
+            self.threads.add(threading.get_ident())
+            if len(self.copies) == self.fails_at:
+                raise RuntimeError("the context is broken")
+            self.copies.append((target, source, size))
 
     def run(self, until):
-        for target, source in self.copies[self.copied : until]:
-            target[...] = source
-        self.copied = max(self.copied, until)
+        with self.lock:
+            for copy in self.copies[self.copied : until]:
+                ctypes.memmove(*copy)
+            self.copied = max(self.copied, until)
 
 
 @pytest.fixture
 def fake(monkeypatch):
+    """One thread, three buffers of 100 bytes; what needs several begins with pieces of 12."""
     monkeypatch.setattr(pinned, "SLAB_BYTES", 100)
     monkeypatch.setattr(pinned, "SLABS", 3)
+    monkeypatch.setattr(pinned, "THREADS", 1)
     return FakeCupy()
 
 
-@pytest.mark.parametrize("size", [1, 24, 25, 50, 75, 76, 1000])
-def test_what_goes_in_comes_out(fake, size):
-    """In floats of 4 bytes: less than a buffer, several, more than the ring has, and a rest."""
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [0, 1, 24, 25, 26, 50, 75, 76, 1000])
+def test_what_goes_in_comes_out(fake, monkeypatch, size, threads):
+    """In floats of 4 bytes: nothing, less than a buffer, one, several, more than the ring has, and a rest."""
+    monkeypatch.setattr(pinned, "THREADS", threads)
     copies, values = PinnedCopies(fake), numpy.arange(size, dtype="float32")
     there = copies.to_device(values)
     fake.run(len(fake.copies))
     assert there.memory.tolist() == values.tolist()
     assert copies.to_host(there).tolist() == values.tolist()
-    assert fake.slabs == min(3, -(-size * 4 // 100))
+    assert fake.slabs <= 3
+
+
+def test_several_threads_share_one_array(fake, monkeypatch):
+    """Each waits until all of them have a piece."""
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    meeting, queue = threading.Barrier(3, timeout=30), fake.queue
+
+    def meets(*copy):
+        if threading.get_ident() not in fake.threads:
+            meeting.wait()
+        queue(*copy)
+
+    fake.cuda.runtime.memcpyAsync = meets
+    PinnedCopies(fake).to_device(numpy.zeros(1000, "uint8"))
+    assert len(fake.threads) == 3
+
+
+def test_an_array_of_one_piece_is_the_callers_own(fake, monkeypatch):
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    PinnedCopies(fake).to_device(numpy.zeros(100, "uint8"))
+    assert fake.threads == {threading.get_ident()} and len(fake.copies) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_of_any_thread_is_raised_when_none_is_at_work_any_more(fake, monkeypatch, threads):
+    monkeypatch.setattr(pinned, "THREADS", threads)
+    copies, fake.fails_at = PinnedCopies(fake), 4
+    with pytest.raises(RuntimeError, match="broken"):
+        copies.to_device(numpy.zeros(10_000, "uint8"))
+    assert len(copies._slabs) == fake.slabs, "each has been put back"
+    assert len(fake.copies) <= 4, "the others have left the rest alone"
+    fake.fails_at = None
+    assert copies.to_host(copies.to_device(numpy.ones(500, "uint8"))).sum() == 500
+
+
+@pytest.mark.parametrize("size", [0, 1, 2 << 20, (2 << 20) + 1, 64 << 20, (300 << 20) + 5])
+def test_pieces_are_all_there_is_and_no_larger_than_a_buffer(size):
+    pieces = pinned._pieces(size)
+    assert [start for start, _ in pieces] == [0, *(end for _, end in pieces)][: len(pieces)]
+    assert sum(end - start for start, end in pieces) == size
+    assert all(0 < end - start <= pinned.SLAB_BYTES for start, end in pieces)
+
+
+def test_the_first_of_many_pieces_are_small():
+    """PCIe has something to do while the threads fill the next ones; most of them are whole buffers."""
+    lengths = [end - start for start, end in pinned._pieces(64 << 20)]
+    assert lengths[:4] == [pinned.SLAB_BYTES // 8] * 4
+    assert lengths.count(pinned.SLAB_BYTES) > len(lengths) / 2
+
+
+def test_more_bytes_than_an_array_has_are_refused(fake):
+    """They would be written over those of another array."""
+    copies, target = PinnedCopies(fake), fake.empty((10,), "uint8")
+    assert copies.fill(target, 0, bytes(6)) == 6
+    with pytest.raises(ValueError, match="10 bytes"):
+        copies.fill(target, 6, bytes(5))
+    assert len(fake.copies) == 1
+
+
+def test_what_a_body_forks_waits_for_no_thread(fake, monkeypatch):
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    copies = PinnedCopies(fake)
+    copies._leave()
+    copies.to_device(numpy.zeros(1000, "uint8"))
+    assert fake.threads == {threading.get_ident()}
 
 
 def test_shape_and_type_are_kept(fake):
@@ -111,7 +174,8 @@ def test_shape_and_type_are_kept(fake):
 
 def test_a_copy_to_the_device_is_not_waited_for_while_buffers_are_free(fake):
     copies = PinnedCopies(fake)
-    copies.to_device(numpy.zeros(300, "uint8"))
+    for _ in range(3):
+        copies.to_device(numpy.zeros(100, "uint8"))
     assert (fake.waits, fake.copied, fake.slabs) == (0, 0, 3)
     copies.to_device(numpy.zeros(1, "uint8"))
     assert (fake.waits, fake.copied, fake.slabs) == (1, 1, 3), "only for the oldest"
