@@ -2,7 +2,8 @@
 
 Cold against warm: a new process until its first sum on the device, against the same sum later. Batch curve: a real
 kernel chain (a dense layer, then a reduction) from host array to host array, by items per run. Bandwidth: copies to and
-from pageable and pinned memory. Overlap: chunks copied in, computed on, copied out, on one stream and on several.
+from pageable and pinned memory. Overlap: chunks copied in, computed on, copied out, on one stream and on several. The
+bridge's own way: arrays on their way to the device, and what a chain of arrays that stay copies (`gpu_path.py`).
 """
 
 import argparse
@@ -12,18 +13,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from benchmarks import gpu_kernels, machine, plot
+from actors.executor.device import open_device
+from benchmarks import gpu_kernels, gpu_path, machine, plot
 from benchmarks.approaches import ROOT
 from benchmarks.records import Record, over, summary_of
 from benchmarks.report import show, table
 from benchmarks.run import Benchmark, Conclusion, Size, parse, publish
 from benchmarks.samples import Spread
 from benchmarks.session import Session, say
-from benchmarks.targets import at_least, at_most
+from benchmarks.targets import Target, at_least, at_most
 
 #: Seconds until the first sum in a new process, then the median of later ones.
 COLD_AND_WARM = """
@@ -61,6 +64,12 @@ print(example, times[0], sorted(times[1:])[10])
 """
 
 
+#: Figures of `gpu_path.chain` begin with this.
+CHAIN = "chain, arrays copied by"
+
+Part = Callable[[Size], tuple[dict[str, float], dict[str, list[float]]]]
+
+
 class GpuOnly(Benchmark):
     """Measured in this process and its children; there is no queue."""
 
@@ -70,17 +79,33 @@ class GpuOnly(Benchmark):
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.failed: set[str] = set()
 
     def measure(self, session: Session | None, size: Size) -> None:
-        """All parts in every round; a part that fails is left out of it."""
-        parts: tuple[Callable[[Size], tuple[dict[str, float], dict[str, list[float]]]], ...]
-        parts = (cold_and_warm, kernels, gpu_kernels.batch_curve, gpu_kernels.bandwidth, gpu_kernels.overlap)
+        """All parts in every round, the chain in the first alone; a part that fails is left out of it."""
+        device = open_device("cuda", "90%")
+        parts: dict[str, Part] = {
+            "cold and warm": cold_and_warm,
+            "kernels": kernels,
+            "batches": gpu_kernels.batch_curve,
+            "bandwidth": gpu_kernels.bandwidth,
+            "overlap": gpu_kernels.overlap,
+            "copies": lambda size: gpu_path.copies(size, device),
+            "from Redis": lambda size: gpu_path.from_redis(size, device),
+            "chain": gpu_path.chain,
+        }
         for number in range(1, int(size["rounds"]) + 1):
             record = Record(lane="gpu", round=number)
-            for part in parts:
-                figures, lists = part(size)
+            for name, part in parts.items():
+                try:
+                    figures, lists = part(size)
+                except Exception:
+                    self.failed.add(name)
+                    say(f"FAILED {name}:\n{traceback.format_exc()}")
+                    continue
                 record.figures.update(figures)
                 record.lists.update(lists)
+            parts.pop("chain", None)
             self.records.append(record)
             say(f"round {number}  " + ", ".join(f"{name} {value:.4g}" for name, value in record.figures.items()))
 
@@ -94,6 +119,9 @@ class GpuOnly(Benchmark):
             at_least("items/s in the best batch against single", self._over("batch gain"), 10, "x", True),
             at_least("pinned against pageable, to the device", self._over("pinned gain"), 1.0, "x", True),
             at_least("streams against one after the other", self._over("overlap gain"), 1.2, "x", True),
+            *(self._reached(mib) for mib in gpu_path.SIZES_MIB),
+            at_most("copied between the steps of a resident chain", self._over(f"{CHAIN} the bridge"), 0, "arrays"),
+            at_most("the same, as CUPTI counts", self._over(f"{CHAIN} CUPTI"), 0.001, "arrays"),
         ]
         return Conclusion(text, targets, summary_of(self.records), [r.model_dump() for r in self.records])
 
@@ -103,10 +131,10 @@ class GpuOnly(Benchmark):
         self._bars(
             cold, {"new process": "cold s", "warm process": "warm s"}, "First sum on the device (s)\nless is better"
         )
-        medians = [
-            statistics.median(c) for c in zip(*(r.lists["batch_items_per_s"] for r in self.records), strict=True)
-        ]
-        curve.loglog(self.records[0].lists["batch_items"], medians, "o-", color=plot.BRIDGE)
+        whole = [record.lists for record in self.records if "batch_items" in record.lists]
+        medians = [statistics.median(c) for c in zip(*(lists["batch_items_per_s"] for lists in whole), strict=True)]
+        if whole:
+            curve.loglog(whole[0]["batch_items"], medians, "o-", color=plot.BRIDGE)
         curve.set_xlabel("items in one run (logarithmic)")
         plot.finish(curve, "Items per second by batch size (logarithmic)\nfrom host to host, 1024 floats each", "both")
         kinds = [f"{way} {kind}" for way in ("to device", "to host") for kind in ("pageable", "pinned")]
@@ -117,6 +145,10 @@ class GpuOnly(Benchmark):
 
     def _over(self, figure: str) -> Spread | None:
         return over(self.records, "gpu", figure)
+
+    def _reached(self, mib: int) -> Target:
+        measured = self._over(f"to_device {mib} MiB to pinned copy")
+        return at_least(f"{mib} MiB to the device against one pinned copy", measured, 0.8)
 
     def _bars(self, axes: Any, figures: Mapping[str, str], title: str) -> None:
         measured = [(label, self._over(figure), plot.SERIES[i]) for i, (label, figure) in enumerate(figures.items())]
@@ -144,7 +176,7 @@ def kernels(size: Size) -> tuple[dict[str, float], dict[str, list[float]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 0 with a sentence where there is no GPU."""
+    """Measure, print, write; 1 if a part failed, 0 with a sentence where there is no GPU."""
     benchmark = GpuOnly()
     options: argparse.Namespace = parse(benchmark, arguments)
     device, reason = gpu_kernels.find_device()
@@ -161,11 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": device,
         "machine": facts,
         "size": dict(options.size),
-        "failed": [],
+        "failed": sorted(benchmark.failed),
         "targets": [target.as_dict() for target in conclusion.targets],
     }
     publish(benchmark, conclusion, about, options.name)
-    return 0
+    return 1 if benchmark.failed else 0
 
 
 if __name__ == "__main__":

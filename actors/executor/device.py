@@ -14,7 +14,7 @@ import numpy
 
 from actors.data.arrays import assembled, begun
 from actors.data.foreign import is_device_array
-from actors.executor.device_api import Device, DeviceInfo, DeviceUnusable, Memory, Stream
+from actors.executor.device_api import Copied, Device, DeviceInfo, DeviceUnusable, Memory, Stream
 from actors.executor.pinned import PinnedCopies, is_worth_it
 from actors.sizes import read_bytes
 
@@ -105,6 +105,10 @@ class CpuDevice:
         """Nobody counts what NumPy allocates."""
         return 0
 
+    def copied(self) -> Copied:
+        """Nothing has to be copied."""
+        return Copied(0, 0)
+
     def to_device(self, array: Any) -> Any:
         """The array itself, or a new one of what is none."""
         return numpy.asarray(array)
@@ -133,6 +137,8 @@ class _CpuStream:
 
 class CudaDevice:
     """One GPU through CuPy: context, memory pool with a limit, streams and probes."""
+
+    _copied = Copied(0, 0)
 
     def __init__(self, memory_limit: str) -> None:
         limit = memory_limit if memory_limit.endswith("%") else str(read_bytes(memory_limit))
@@ -229,11 +235,16 @@ class CudaDevice:
         """What arrays of this process take in CuPy's pool."""
         return int(self._pool.used_bytes())
 
+    def copied(self) -> Copied:
+        """By this process; what a body copies with CuPy's own functions is not in it."""
+        return self._copied
+
     def to_device(self, array: Any) -> Any:
         """A CuPy array with the same contents; large ones through pinned memory, without waiting for the copy."""
         if is_device_array(array):
             return array
         array = numpy.asarray(array)
+        self._count(to_device=array.nbytes)
         if is_worth_it(array):
             return self._copies.to_device(numpy.ascontiguousarray(array))
         return self._cupy.asarray(array)
@@ -242,6 +253,7 @@ class CudaDevice:
         """A NumPy array with the same contents; large ones through pinned memory."""
         if not is_device_array(array):
             return numpy.asarray(array)
+        self._count(to_host=getattr(array, "nbytes", 0))
         if isinstance(array, self._cupy.ndarray) and is_worth_it(array):
             return self._copies.to_host(self._cupy.ascontiguousarray(array))
         return array.get()
@@ -250,12 +262,16 @@ class CudaDevice:
         """A new CuPy array; of a large one each piece is on its way to the device while the next one comes in."""
         pieces = begun(pieces)
         target = self._cupy.empty(shape, numpy.dtype(dtype).newbyteorder("="))
+        self._count(to_device=target.nbytes)
         if numpy.dtype(dtype).isnative and is_worth_it(target):
             start = 0
             for piece in pieces:
                 start = self._copies.fill(target, start, piece)
             return target
         return self._cupy.asarray(_received(pieces, shape, dtype))
+
+    def _count(self, to_device: int = 0, to_host: int = 0) -> None:
+        self._copied = Copied(self._copied.to_device + to_device, self._copied.to_host + to_host)
 
 
 def _received(pieces: Iterable[Any], shape: tuple[int, ...], dtype: str) -> "numpy.ndarray[Any, Any]":

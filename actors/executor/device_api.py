@@ -22,6 +22,13 @@ class Memory(NamedTuple):
     free: int  # what a body could have now: free on the device and in the pool, and below the pool's limit
 
 
+class Copied(NamedTuple):
+    """Bytes of arrays that went between the host and the device so far, by the three methods that copy."""
+
+    to_device: int
+    to_host: int
+
+
 class Stream(Protocol):
     """Work launched within ``with stream:`` is in order, and beside that of other streams."""
 
@@ -89,6 +96,10 @@ class Device(Protocol):
 
     def pooled_bytes(self) -> int:
         """What this process has allocated on the device, 0 where nobody counts."""
+        ...
+
+    def copied(self) -> Copied:
+        """What the methods below have copied; 0 where the device's memory is the host's."""
         ...
 
     def to_device(self, array: Any) -> Any:

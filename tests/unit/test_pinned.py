@@ -41,13 +41,16 @@ class Array:
         self.memory, self.data = memory, types.SimpleNamespace(ptr=memory.ctypes.data)
         self.shape, self.dtype, self.nbytes = memory.shape, memory.dtype, memory.nbytes
 
+    def set(self, source):
+        self.memory[...] = source
+
 
 class FakeCupy:
     def __init__(self):
         self.copies, self.copied, self.waits, self.slabs = [], 0, 0, 0
-        self.stream = types.SimpleNamespace(ptr=17)
+        self.stream = types.SimpleNamespace(ptr=17, synchronize=lambda: self.run(len(self.copies)))
         self.lock = threading.RLock()
-        self.threads, self.fails_at = set(), None
+        self.threads, self.fails_at, self.pool = set(), None, []
         self.cuda = types.SimpleNamespace(
             get_current_stream=lambda: self.stream,
             Event=lambda disable_timing: Event(self),
@@ -60,7 +63,8 @@ class FakeCupy:
         return bytearray(size)
 
     def empty(self, shape, dtype):
-        return Array(numpy.zeros(shape, dtype))
+        self.pool.append(numpy.zeros(shape, dtype))  # memory that a copy still writes is not given back
+        return Array(self.pool[-1])
 
     def queue(self, target, source, size, kind, stream):
         assert stream == self.stream.ptr and kind in (1, 2)
