@@ -26,6 +26,8 @@ SLABS = 64
 LEAST_BYTES = 1 << 20
 #: That move the bytes of one array, the caller's among them: as many as keep PCIe 5 busy, or half of the cores.
 THREADS = max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+#: CUDA's handle for the default stream of whatever thread asks (CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1).
+_PER_THREAD = 2
 
 
 class _Slab:
@@ -92,7 +94,7 @@ class PinnedCopies:
             slab.copied.synchronize()
             flat[start:end] = slab.bytes[: end - start]
 
-        self._share(target.nbytes, move)
+        self._share(target.nbytes, move, stream)
         return target
 
     def _send(self, source: "numpy.ndarray[Any, Any]", target: int) -> None:
@@ -103,13 +105,15 @@ class PinnedCopies:
             self._runtime.memcpyAsync(target + start, slab.address, end - start, kind, stream.ptr)
             slab.copied.record(stream)
 
-        self._share(source.nbytes, move)
+        self._share(source.nbytes, move, stream)
 
-    def _share(self, size_bytes: int, move: _Move) -> None:
+    def _share(self, size_bytes: int, move: _Move, stream: Any) -> None:
         """Have pieces moved, by as many threads as there is work for; none is at work when this returns or raises."""
         left, ends = deque(_pieces(size_bytes)), SimpleQueue[BaseException | None]()
         with self._lock:
             helpers = min(self._helpers, len(left) - 1)
+            if stream.ptr == _PER_THREAD:  # each would copy on a stream of its own, in no order with the caller's
+                helpers = 0
             for _ in range(helpers):
                 self._jobs.put(lambda: ends.put(self._work(left, move)))
             errors = [self._work(left, move)]

@@ -101,11 +101,13 @@ def test_a_copy_of_a_row_made_on_one_stream_is_complete_for_another(gpu, results
 
 
 def test_a_row_of_a_batch_is_held_as_a_copy(gpu, results):
+    before = gpu.pooled_bytes()
     batch = gpu.xp.zeros((64, MIB))
     names = [results.put(row, 60) for row in batch[:2]]
     assert results.device_bytes() == 2 * 8 * MIB
     del batch
     gpu.free()
+    assert gpu.pooled_bytes() - before == results.device_bytes(), "the others have gone"
     assert float(results.get(names[1], results.executor).sum()) == 0.0
 
 

@@ -118,6 +118,14 @@ def test_several_threads_share_one_array(fake, monkeypatch):
     assert len(fake.threads) == 3
 
 
+def test_a_stream_that_is_each_threads_own_is_left_to_the_caller(fake, monkeypatch):
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    fake.stream.ptr = 2
+    copies = PinnedCopies(fake)
+    assert copies.to_host(copies.to_device(numpy.ones(1000, "uint8"))).sum() == 1000
+    assert fake.threads == {threading.get_ident()}
+
+
 def test_an_array_of_one_piece_is_the_callers_own(fake, monkeypatch):
     monkeypatch.setattr(pinned, "THREADS", 3)
     PinnedCopies(fake).to_device(numpy.zeros(100, "uint8"))
