@@ -36,6 +36,8 @@ GPU_ROWS = {
     "enhance later s": ("later photographs", 1000, "ms"),
     "batch gain": ("items/s of the best batch to one by one", 1, "x"),
     "pinned gain": ("copy to the device, pinned to pageable", 1, "x"),
+    "to_device 64 MiB to pinned copy": ("64 MiB from NumPy to the device, to one pinned copy", 1, "x"),
+    "to_device 256 MiB to pinned copy": ("256 MiB, likewise", 1, "x"),
     "overlap gain": ("copy, compute, copy back: streams to one after the other", 1, "x"),
 }
 
