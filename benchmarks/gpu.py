@@ -152,7 +152,9 @@ class GpuOnly(Benchmark):
 
     def _bars(self, axes: Any, figures: Mapping[str, str], title: str) -> None:
         measured = [(label, self._over(figure), plot.SERIES[i]) for i, (label, figure) in enumerate(figures.items())]
-        plot.bars(axes, [(label, value, colour) for label, value, colour in measured if value], title)
+        found = [(label, value, colour) for label, value, colour in measured if value]
+        if found:  # not where that part has failed
+            plot.bars(axes, found, title)
 
 
 def cold_and_warm(size: Size) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -69,3 +69,13 @@ def test_a_part_that_fails_is_left_out_and_told(monkeypatch):
     assert len(benchmark.failed) == 7 and "copies" not in benchmark.failed
     assert [record.figures for record in benchmark.records] == [{"to_device 64 MiB to pinned copy": 0.9}] * 2
     assert "0.9" in benchmark.conclude().text
+
+
+def test_a_picture_is_drawn_of_what_there_is():
+    """Nothing at all, here: every part of the only round has failed."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    benchmark = gpu.GpuOnly()
+    benchmark.records = [Record(lane="gpu", round=1)]
+    machine = dict.fromkeys(("cores", "cpu", "python", "celery", "ray", "redis"), "")
+    about = {"device": "Some GPU", "machine": machine, "targets": [], "began": "", "size": {}}
+    pyplot.close(benchmark.draw(pyplot, about))
