@@ -99,9 +99,9 @@ class GpuOnly(Benchmark):
             for name, part in parts.items():
                 try:
                     figures, lists = part(size)
-                except Exception:
+                except Exception as error:
                     self.failed.add(name)
-                    say(f"FAILED {name}:\n{traceback.format_exc()}")
+                    say(f"FAILED {name}:\n{traceback.format_exc()}{getattr(error, 'stderr', None) or ''}")
                     continue
                 record.figures.update(figures)
                 record.lists.update(lists)

@@ -126,7 +126,7 @@ def ray_cluster(folder: Path, gpus: int = 1, name: str = "ray") -> Iterator[Clus
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),  # Ray may lie there
     }
     with started(command, folder, f"{name}-start", env) as head:
         await_start(head, lambda: "block forever" in head.log.read_text(errors="replace"))
