@@ -9,6 +9,7 @@ what comes too late.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks.approaches import APPROACHES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,14 +40,14 @@ def main():
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--within", type=float, default=3600, help="seconds for all of it")
     options = parser.parse_args()
-    deadline = time.monotonic() + options.within
+    began, deadline = time.time(), time.monotonic() + options.within
     report = {"date": time.strftime("%Y-%m-%d"), "host": host(), "device": device(), "left_out": []}
     name = re.sub(r"[^a-z0-9]+", "-", report["device"].get("name", "none").lower()).strip("-")
     commands = {
         "tests": ["pytest", "tests/gpu", "-q", "-s", "-rs", "--durations=15"],
         "gpu": ["benchmarks.gpu", "--name", f"gpu-{name}-kernels"],
         "demo": ["examples.photos.demo"],
-        "noop": ["benchmarks.noop", "--quick", "--name", "noop-gpu"],
+        "noop": ["benchmarks.noop", "--quick", "--name", "noop-gpu", "--only", ",".join(lanes())],
     }
     target = options.out / f"gpu-{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +61,10 @@ def main():
             report[part] = step([sys.executable, "-m", *commands[part]], left_s, options.out / "gpu-check.log")
         if part == "gpu" and part in report:
             report[part]["targets"] = targets(RESULTS / f"gpu-{name}-kernels.json", report[part]["began"])
-        for made in RESULTS.glob(f"gpu-{name}-kernels.*") if options.out != RESULTS else ():
-            shutil.copy2(made, options.out)
+        if options.out != RESULTS:
+            for made in (*RESULTS.glob(f"gpu-{name}-kernels.*"), *RESULTS.glob("noop-gpu.*")):
+                if made.stat().st_mtime >= began:
+                    shutil.copy2(made, options.out)
         target.write_text(json.dumps(report, indent=2) + "\n")
     print(f"report: {target}")
     failed = [part for part in PARTS if report.get(part, {}).get("exit_code")]
@@ -79,6 +84,13 @@ def targets(result, began):
     for each in found:
         print(f"{each['verdict'].upper():>12}  {each['what']}: {each['measured'] and each['measured'][0]}")
     return found
+
+
+def lanes():
+    """Of `noop`: all, without Ray Serve where it is not there."""
+    ray = importlib.util.find_spec("ray")
+    has_serve = ray is not None and Path(ray.origin).with_name("serve").exists()
+    return [each.name for each in APPROACHES if has_serve or each.name != "serve"]
 
 
 def host():
@@ -117,9 +129,12 @@ def warmth(rounds=5):
     )
     samples = []
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        try:
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        except subprocess.TimeoutExpired:
+            return {"error": "no sum after 60 s", "exit_code": 124}
         if done.returncode:
-            return {"error": done.stderr[-2000:]}
+            return {"error": done.stderr[-2000:], "exit_code": done.returncode}
         samples.append(json.loads(done.stdout))
     cold, warm = (sorted(column)[rounds // 2] for column in zip(*samples, strict=True))
     return {"cold_s": cold, "warm_s": warm, "ratio": cold / warm, "samples": samples}
