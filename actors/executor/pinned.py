@@ -6,11 +6,13 @@ One core moves some 10 GB/s between ordinary memory and a buffer, PCIe 5 takes 5
 Never imports CuPy: `device.py` passes it in. Interrupts wait until a copy is complete (`interrupt.py`).
 """
 
+import gc
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy
@@ -110,13 +112,16 @@ class PinnedCopies:
     def _share(self, size_bytes: int, move: _Move, stream: Any) -> None:
         """Have pieces moved, by as many threads as there is work for; none is at work when this returns or raises."""
         left, ends = deque(_pieces(size_bytes)), SimpleQueue[BaseException | None]()
-        with self._lock:
+        with self._lock, _no_collection():
             helpers = min(self._helpers, len(left) - 1)
             if stream.ptr == _PER_THREAD:  # each would copy on a stream of its own, in no order with the caller's
                 helpers = 0
             for _ in range(helpers):
                 self._jobs.put(lambda: ends.put(self._work(left, move)))
             errors = [self._work(left, move)]
+            with suppress(Empty):
+                while True:
+                    self._jobs.get_nowait()()  # that nobody has begun; there is nothing left to do
             errors += [ends.get() for _ in range(helpers)]  # not a future: an interrupt reaches who waits for one
         for error in errors:
             if error is not None:
@@ -151,6 +156,18 @@ class PinnedCopies:
             slab = self._slabs.popleft()
         slab.copied.synchronize()  # not `done` in a loop: it is never true again once the context is broken
         return slab
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No destructor runs in a helper: it might wait for what the caller, who waits for the helper, holds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _help(jobs: "SimpleQueue[_Job]") -> None:

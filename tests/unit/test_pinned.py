@@ -4,7 +4,9 @@ The fake copies only when its event is waited for or asked about, as late as a G
 """
 
 import ctypes
+import gc
 import threading
+import time
 import types
 
 import numpy
@@ -116,6 +118,49 @@ def test_several_threads_share_one_array(fake, monkeypatch):
     fake.cuda.runtime.memcpyAsync = meets
     PinnedCopies(fake).to_device(numpy.zeros(1000, "uint8"))
     assert len(fake.threads) == 3
+
+
+def test_a_destructor_runs_in_no_helper(fake, monkeypatch):
+    """It may want a lock that the caller holds, who waits for the helper."""
+
+    class Garbage:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            collected_in.add(threading.get_ident())
+
+    def litters(*copy):
+        if threading.get_ident() not in fake.threads:
+            meeting.wait()
+        for _ in range(100):
+            Garbage()
+        queue(*copy)
+
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    copies, queue, collected_in, meeting = PinnedCopies(fake), fake.queue, set(), threading.Barrier(3, timeout=30)
+    fake.cuda.runtime.memcpyAsync = litters
+    before = gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+        copies.to_device(numpy.zeros(1000, "uint8"))
+        assert len(fake.threads) == 3 and collected_in <= {threading.get_ident()} and gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert collected_in
+
+
+def test_work_that_no_helper_begins_is_the_callers(fake, monkeypatch):
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    copies, busy = PinnedCopies(fake), threading.Event()
+    for _ in range(2):
+        copies._jobs.put(busy.wait)  # as long as it takes
+    while not copies._jobs.empty():
+        time.sleep(0.001)
+    copies.to_device(numpy.zeros(1000, "uint8"))
+    assert fake.threads == {threading.get_ident()}
+    busy.set()
 
 
 def test_a_stream_that_is_each_threads_own_is_left_to_the_caller(fake, monkeypatch):
