@@ -82,7 +82,7 @@ class GpuOnly(Benchmark):
         self.failed: set[str] = set()
 
     def measure(self, session: Session | None, size: Size) -> None:
-        """All parts in every round, the chain in the first alone; a part that fails is left out of it."""
+        """All parts in every round, tuning and chain in the first alone; a part that fails is left out of it."""
         device = open_device("cuda", "90%")
         parts: dict[str, Part] = {
             "cold and warm": cold_and_warm,
@@ -92,6 +92,7 @@ class GpuOnly(Benchmark):
             "overlap": gpu_kernels.overlap,
             "copies": lambda size: gpu_path.copies(size, device),
             "from Redis": lambda size: gpu_path.from_redis(size, device),
+            "tuning": lambda size: gpu_path.tuning(size, device),
             "chain": gpu_path.chain,
         }
         for number in range(1, int(size["rounds"]) + 1):
@@ -105,6 +106,7 @@ class GpuOnly(Benchmark):
                     continue
                 record.figures.update(figures)
                 record.lists.update(lists)
+            parts.pop("tuning", None)
             parts.pop("chain", None)
             self.records.append(record)
             say(f"round {number}  " + ", ".join(f"{name} {value:.4g}" for name, value in record.figures.items()))

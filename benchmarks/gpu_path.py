@@ -6,6 +6,7 @@ Ray; bytes are counted by the bridge's device and, where PyTorch is installed, b
 process. A last step that goes to the host and back shows that both would have seen it.
 """
 
+import itertools
 import pickle
 import tempfile
 import time
@@ -23,16 +24,20 @@ from actors.actor.shell import ActorShell
 from actors.contract import Busy, Call, Config, Pending, Release, StoreConfig, Succeeded, TaskCall
 from actors.data.arrays import ArraySpec
 from actors.data.stores import Stores
+from actors.executor import pinned as pinned_copies
 from actors.unopened import Unopened
 from benchmarks.approaches import ROOT
 from benchmarks.gpu_kernels import pinned
 from benchmarks.services import StartFailed, redis_server
+from benchmarks.session import say
 from bridge.errors import StandaloneFailed
 
 #: Of arrays for which issue 6 promises a share of the pinned bandwidth, in MiB.
 SIZES_MIB = (64, 256)
 #: Pieces as stores give them, in bytes.
 PIECE_BYTES = 1 << 20
+#: Tried by `tuning`.
+TUNING_THREADS, TUNING_SLABS_MIB = (1, 2, 4, 6, 8, 12), (1, 2, 4, 8)
 #: A task that takes longer, in seconds, hangs.
 LIMIT_S = 60.0
 #: Steps of the chain after the first, each from device to device.
@@ -115,6 +120,25 @@ def copies(size: Mapping[str, float], device: Any) -> Measured:
         back = median_s(lambda target=target: device.to_host(target), device)
         figures[f"to_host {mib} MiB GB/s"] = host.nbytes / back / 1e9
     return figures, {}
+
+
+def tuning(size: Mapping[str, float], device: Any) -> Measured:
+    """GB/s to the device by threads, for buffers of several sizes: what to change where the promise is missed."""
+    lists: dict[str, list[float]] = {"tuning threads": [float(each) for each in TUNING_THREADS]}
+    before = pinned_copies.SLAB_BYTES, pinned_copies.SLABS
+    try:
+        for mib, slab_mib in itertools.product(SIZES_MIB, TUNING_SLABS_MIB):
+            pinned_copies.SLAB_BYTES, pinned_copies.SLABS = slab_mib << 20, 128 // slab_mib
+            host, rates = numpy.ones(mib << 18, numpy.float32), []
+            for threads in TUNING_THREADS:
+                ring = pinned_copies.PinnedCopies(device.xp, threads)
+                rates.append(host.nbytes / median_s(lambda ring=ring, host=host: ring.to_device(host), device) / 1e9)
+            lists[f"tuning {mib} MiB, buffers of {slab_mib} MiB GB/s"] = rates
+    finally:
+        pinned_copies.SLAB_BYTES, pinned_copies.SLABS = before
+    for name, rates in lists.items():
+        say(f"{name}: {', '.join(f'{rate:.3g}' for rate in rates)}")
+    return {}, lists
 
 
 def from_redis(size: Mapping[str, float], device: Any) -> Measured:

@@ -42,16 +42,21 @@ class _Slab:
 
 
 class PinnedCopies:
-    """Copies arrays of `LEAST_BYTES` and more; thread-safe."""
+    """Copies arrays of `LEAST_BYTES` and more; thread-safe.
 
-    def __init__(self, cupy: Any) -> None:
+    Args:
+        cupy: the module.
+        threads: default `THREADS`.
+    """
+
+    def __init__(self, cupy: Any, threads: int | None = None) -> None:
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
         self._lock = threading.Lock()  # one array at a time
         self._ring = threading.Lock()  # over the two below
         self._slabs: deque[_Slab] = deque()  # that nobody fills or empties; whose copy began longest ago comes first
         self._made = 0  # slabs, also those in somebody's hands
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
-        self._helpers = THREADS - 1
+        self._helpers = (threads or THREADS) - 1
         for _ in range(self._helpers):  # now: an interrupt reaches who waits for a thread to start
             threading.Thread(target=_help, args=(self._jobs,), name="pinned", daemon=True).start()
         os.register_at_fork(after_in_child=self._leave)

@@ -31,6 +31,16 @@ def test_copies_are_told_beside_one_pinned_copy_of_the_same_size(device):
         assert figures[f"in pieces {mib} MiB GB/s"] > 0 and figures[f"to_host {mib} MiB GB/s"] > 0
 
 
+def test_tuning_tells_rates_by_threads_and_leaves_all_as_it_was(device, monkeypatch):
+    monkeypatch.setattr(gpu_path, "TUNING_THREADS", (1, 3))
+    monkeypatch.setattr(gpu_path, "TUNING_SLABS_MIB", (1, 2))
+    before = pinned.SLAB_BYTES, pinned.SLABS
+    figures, lists = gpu_path.tuning({}, device)
+    assert figures == {} and lists["tuning threads"] == [1, 3]
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in lists.values()) and len(lists) == 1 + 2 * 2
+    assert before == (pinned.SLAB_BYTES, pinned.SLABS)
+
+
 def test_every_byte_that_is_copied_is_counted(device):
     assert device.copied() == (0, 0)
     there = device.to_device(numpy.ones(1 << 18, "float32"))
@@ -59,14 +69,15 @@ def test_a_part_that_fails_is_left_out_and_told(monkeypatch):
         raise RuntimeError("no room")
 
     monkeypatch.setattr(gpu, "open_device", lambda *_: None)
-    for module, name in ((gpu, "cold_and_warm"), (gpu, "kernels"), (gpu_path, "from_redis"), (gpu_path, "chain")):
+    parts = [(gpu_path, name) for name in ("from_redis", "tuning", "chain")]
+    for module, name in ((gpu, "cold_and_warm"), (gpu, "kernels"), *parts):
         monkeypatch.setattr(module, name, fails)
     for name in ("batch_curve", "bandwidth", "overlap"):
         monkeypatch.setattr(gpu.gpu_kernels, name, fails)
     monkeypatch.setattr(gpu_path, "copies", lambda size, device: ({"to_device 64 MiB to pinned copy": 0.9}, {}))
     benchmark = gpu.GpuOnly()
     benchmark.measure(None, {"rounds": 2})
-    assert len(benchmark.failed) == 7 and "copies" not in benchmark.failed
+    assert len(benchmark.failed) == 8 and "copies" not in benchmark.failed
     assert [record.figures for record in benchmark.records] == [{"to_device 64 MiB to pinned copy": 0.9}] * 2
     assert "0.9" in benchmark.conclude().text
 
