@@ -40,6 +40,8 @@ def main():
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--within", type=float, default=3600, help="seconds for all of it")
     options = parser.parse_args()
+    if reason := unable():
+        sys.exit(f"nothing was run, for every executor would be waited for in vain: {reason}")
     began, deadline = time.time(), time.monotonic() + options.within
     report = {"date": time.strftime("%Y-%m-%d"), "host": host(), "device": device(), "left_out": []}
     name = re.sub(r"[^a-z0-9]+", "-", report["device"].get("name", "none").lower()).strip("-")
@@ -74,6 +76,13 @@ def main():
         failed.append(f"tests ({skipped[-1]}, though there is a GPU)")
     failed += [f"{part} (no time left)" for part in report["left_out"]]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def unable():
+    """Why no executor and no driver can start here, a package that is not installed for example; else nothing."""
+    code = "import actors.executor.loop, bridge.driver.loop, bridge.worker.command, tests.support.services"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 def targets(result, began):

@@ -69,6 +69,15 @@ def test_what_there_is_no_time_for_is_left_out_and_told(run):
     assert report["left_out"] == list(check.PARTS) and "gpu (no time left)" in code
 
 
+def test_without_a_package_that_executors_need_nothing_is_run(run, monkeypatch, tmp_path):
+    (tmp_path / "simdjson.py").write_text("raise ModuleNotFoundError('No module named simdjson')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "No module named simdjson" in check.unable()
+    monkeypatch.setattr(sys, "argv", ["check", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="nothing was run"):
+        check.main()
+
+
 def test_targets_are_read_only_from_what_was_written_now(tmp_path, capsys):
     file = tmp_path / "kernels.json"
     file.write_text(json.dumps({"targets": [{"what": "fast", "verdict": "met", "measured": [0.9, 0.8, 1.0]}]}))
