@@ -15,7 +15,7 @@ import numpy
 from actors.data.arrays import assembled, begun
 from actors.data.foreign import is_device_array
 from actors.executor.device_api import Copied, Device, DeviceInfo, DeviceUnusable, Memory, Stream
-from actors.executor.pinned import PinnedCopies, is_worth_it
+from actors.executor.pinned import SLAB_BYTES, PinnedCopies, is_worth_it
 from actors.sizes import read_bytes
 
 #: CUDA statuses after which the process must end (facts 1.6: CUDA's headers say "must be terminated and relaunched").
@@ -168,7 +168,7 @@ class CudaDevice:
         """Create the context, compile an elementwise and a reduction kernel, and copy both ways once.
 
         Raises:
-            DeviceUnusable: CuPy cannot compile or run a kernel here.
+            DeviceUnusable: CuPy cannot compile or run a kernel here, or what is computed or copied is wrong.
         """
         try:
             values = self._cupy.arange(1024, dtype=self._cupy.float64)
@@ -181,6 +181,17 @@ class CudaDevice:
             ) from error
         if total != 1024 * 1023 + 1024:
             raise DeviceUnusable(f"a first kernel computed {total}: this GPU cannot be trusted")
+        self._check_copies()
+
+    def _check_copies(self) -> None:
+        """Large arrays go through buffers and threads of ours: they come back as they were, or nothing starts here."""
+        there = numpy.arange(4 * SLAB_BYTES // 8, dtype=numpy.float64)
+        try:
+            back = self._copies.to_host(self._copies.to_device(there))
+        except Exception as error:
+            raise DeviceUnusable(f"a first copy to the GPU and back failed: {type(error).__name__}: {error}") from error
+        if not numpy.array_equal(there, back):
+            raise DeviceUnusable("what was copied to this GPU and back has changed: it cannot be trusted")
 
     def synchronize(self) -> None:
         """Wait for all work of this thread's stream; CUDA's late errors surface here."""

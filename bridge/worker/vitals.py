@@ -123,7 +123,7 @@ class Vitals:
         """All of it, JSON-able; nothing in it is secret."""
         gpu, condition = self._gpu, self._condition()
         return {
-            "version": importlib.metadata.version("celery-gpu-bridge"),
+            "version": _version(),
             "worker": self._worker,
             "pid": os.getpid(),
             "state": condition.state,
@@ -173,3 +173,10 @@ def _round(seconds: float) -> float:
 def _shown(actor: dict[str, Any]) -> dict[str, Any]:
     row = {key: actor[key] for key in _ACTOR if key in actor}
     return row | {"reason": clean(row.get("reason", ""))}
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("celery-gpu-bridge")
+    except importlib.metadata.PackageNotFoundError:  # unpacked beside the app, not installed
+        return "not installed"

@@ -277,3 +277,38 @@ def test_without_a_gpu_arrays_stay_what_they_are(monkeypatch):
     assert to_device(large) is large and to_host(large) is large
     assert to_device([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
     assert to_host(2.5) == 2.5
+
+
+# ---- an executor's start
+
+
+@pytest.fixture
+def starting(fake, monkeypatch):
+    monkeypatch.setattr(pinned, "THREADS", 3)
+    monkeypatch.setattr(device, "SLAB_BYTES", pinned.SLAB_BYTES)
+    gpu = device.CudaDevice.__new__(device.CudaDevice)
+    gpu._cupy, gpu._copies = fake, PinnedCopies(fake)
+    return gpu
+
+
+def test_copies_are_tried_before_an_executor_is_ready(fake, starting):
+    starting._check_copies()
+    assert sum(size for _, _, size in fake.copies) == 2 * 4 * pinned.SLAB_BYTES
+
+
+@pytest.mark.parametrize(
+    ("place", "error"), [(0, "has changed"), (None, "copy to the GPU and back failed: RuntimeErr")]
+)
+def test_a_gpu_that_copies_wrongly_is_not_used(fake, starting, place, error):
+    queue = fake.queue
+
+    def wrong(target, *rest):
+        if place is None:
+            raise RuntimeError("the context is broken")
+        queue(target, *rest)
+        fake.run(len(fake.copies))
+        ctypes.memset(target + place, 77, 1)
+
+    fake.cuda.runtime.memcpyAsync = wrong
+    with pytest.raises(device.DeviceUnusable, match=error):
+        starting._check_copies()

@@ -1,5 +1,6 @@
 """What a worker notes of itself, with a make-believe pool: pictures are taken by the main thread, read by any."""
 
+import importlib.metadata
 import json
 import threading
 import time
@@ -64,6 +65,14 @@ def test_an_account_is_json_and_says_no_more_of_actors_than_it_should(vitals):
     assert json.loads(json.dumps(account)) == account
     assert (account["state"], account["waiting"], account["running"], account["worker"]) == ("ready", 7, 2, "w@h")
     assert "by_task" not in account["actors"][0] and account["drivers"][0]["pid"] == 7
+
+
+def test_a_bridge_that_is_unpacked_and_not_installed_answers_all_the_same(vitals, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert vitals.account()["version"] == "not installed"
 
 
 def test_readers_see_the_last_picture_and_wait_for_nothing(vitals, pool):
