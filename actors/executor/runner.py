@@ -12,20 +12,18 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from celery import _state as celery_state
 from celery.app.task import Context
 from celery.exceptions import SoftTimeLimitExceeded
 
-from actors import closed, unopened
 from actors.contract import (
     EXIT_DEVICE_BROKEN,
     EXIT_DEVICE_FAULTY,
     Config,
     Failed,
     FailureKind,
-    LogLine,
     Outcome,
     Succeeded,
     TaskCall,
@@ -37,6 +35,7 @@ from actors.executor import device_results, outcomes, residents
 from actors.executor.admission import Admission
 from actors.executor.device_api import Device, Stream
 from actors.executor.interrupt import Cancelled, Interrupter
+from actors.executor.items import Item, Result, may_join
 from actors.executor.logs import LogCapture
 from actors.executor.opening import Opener, use
 from actors.executor.release import LoadedTask, connection_closer, load_tasks
@@ -148,33 +147,33 @@ class Runner:
             message = f"{type(error).__name__}: {error}"
             yield from (Failed(token, FailureKind.RAISED, type(error).__name__, message, text) for token in left)
 
-    def _open(self, loaded: LoadedTask, tasks: Sequence[TaskCall], index: int) -> "list[_Item]":
+    def _open(self, loaded: LoadedTask, tasks: Sequence[TaskCall], index: int) -> list[Item]:
         """Those from `index` on that may share a run, at least one; what is withdrawn or cannot be opened parts them.
 
         A run is one range of the journal without a gap, or the wrong task would be blamed for a crash.
         """
         most = loaded.batch.max_size if loaded.batch else loaded.streams
         if most == 1:
-            return [_unpickled(tasks[index])]
-        items: list[_Item] = []
+            return [Item.of(tasks[index])]
+        items: list[Item] = []
         for number, task in enumerate(tasks[index : index + most], index):
-            if number > index and (not _may_join(loaded, tasks[index], task) or self._journal.is_cancelled(number)):
+            if number > index and (not may_join(loaded, tasks[index], task) or self._journal.is_cancelled(number)):
                 break
             try:
-                items.append(_unpickled(task))
+                items.append(Item.of(task))
             except Exception:
                 if not items:
                     raise
                 break
         return items
 
-    def _admitted(self, loaded: LoadedTask, items: "list[_Item]") -> "list[_Item]":
+    def _admitted(self, loaded: LoadedTask, items: list[Item]) -> list[Item]:
         """Those that may start now, together; what a vectorised body declares is for one run of it."""
         if loaded.batch:
             return items if self._admission.admit(loaded.memory_bytes, 1, self._used_by(loaded)) else []
         return items[: self._admission.admit(loaded.memory_bytes, len(items), self._used_by(loaded))]
 
-    def _run_alone(self, loaded: LoadedTask, item: "_Item", first: int) -> Outcome:
+    def _run_alone(self, loaded: LoadedTask, item: Item, first: int) -> Outcome:
         call = self._call_of(loaded, item)
         result = self._guarded(loaded, call, item, first)
         if result.out_of_memory and loaded.may_run_twice:
@@ -182,7 +181,7 @@ class Runner:
             result = self._guarded(loaded, call, item, first)
         return self._outcome(item, loaded, result, 1)
 
-    def _run_vectorised(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
+    def _run_vectorised(self, loaded: LoadedTask, items: Sequence[Item], first: int) -> Iterator[Outcome]:
         """Run a batch once; when it raises, run its halves, so that only the item at fault fails."""
         pairs = [(item.args, item.kwargs) for item in items]
         call: Any = loaded.run_items
@@ -194,7 +193,7 @@ class Runner:
         if result.error is None:
             shares = result._replace(run_s=result.run_s / len(items))
             for item, value in zip(items, result.value, strict=True):
-                yield self._outcome(item, loaded, _share(shares, value), len(items))
+                yield self._outcome(item, loaded, shares.share(value), len(items))
                 if shares.logs or shares.wishes:  # of all, told once
                     shares = shares._replace(logs=(), wishes=b"")
             return
@@ -207,13 +206,13 @@ class Runner:
         yield from self._run_vectorised(loaded, items[:middle], first)
         yield from self._run_vectorised(loaded, items[middle:], first + middle)
 
-    def _run_on_streams(self, loaded: LoadedTask, items: "Sequence[_Item]", first: int) -> Iterator[Outcome]:
+    def _run_on_streams(self, loaded: LoadedTask, items: Sequence[Item], first: int) -> Iterator[Outcome]:
         """Launch each body on a stream of its own, then wait for one after the other; the device overlaps them.
 
         One that runs out of memory while the others hold theirs has its second try, alone, when they are done.
         """
         started = begun = time.monotonic_ns()
-        launched: deque[tuple[_Item, Stream, _Result]] = deque()
+        launched: deque[tuple[Item, Stream, Result]] = deque()
         for count, (item, stream) in enumerate(zip(items, self._device.streams(len(items)), strict=True), 1):
             if count > 1 and self._journal.is_cancelled(first + count - 1):
                 break
@@ -239,11 +238,11 @@ class Runner:
             result = self._guarded(loaded, self._call_of(loaded, item), item, index)
             yield self._outcome(item, loaded, result, 1)
 
-    def _call_of(self, loaded: LoadedTask, item: "_Item") -> Any:
+    def _call_of(self, loaded: LoadedTask, item: Item) -> Any:
         call = self._opener.opening(loaded.task, loaded.call) if item.has_arrays else loaded.call
         return loaded.reader.reading(call, item.checks) if item.is_closed else call
 
-    def _awaited(self, stream: Stream, result: "_Result", run: tuple[int, int, int]) -> "_Result":
+    def _awaited(self, stream: Stream, result: Result, run: tuple[int, int, int]) -> Result:
         """A launched body's result when its stream has ended; a late error of the device is the body's."""
         try:
             self._enter_body(stream.synchronize, (), {}, *run)
@@ -257,8 +256,8 @@ class Runner:
         return result
 
     def _guarded(
-        self, loaded: LoadedTask, call: Any, item: "_Item", first: int, count: int = 1, waits: bool = True
-    ) -> "_Result":
+        self, loaded: LoadedTask, call: Any, item: Item, first: int, count: int = 1, waits: bool = True
+    ) -> Result:
         """Run a body with its request in place, interruptible; the device is idle again afterwards if it waits."""
         task, args, context = loaded.task, item.args, item.context
         request = Context(context, args=type(context.get("args", []))(args), kwargs=item.kwargs, called_directly=False)
@@ -295,7 +294,7 @@ class Runner:
         if used or error is None:
             self._note_used(loaded, used)
         out_of_memory = error is not None and self._is_short_of_memory(error)
-        return _Result(value, error, out_of_memory, run_s, used, self._logs.take(), wishes)
+        return Result(value, error, out_of_memory, run_s, used, self._logs.take(), wishes)
 
     def _enter_body(
         self, call: Any, args: Any, kwargs: Any, first: int, count: int, started_ns: int, waits: bool = False
@@ -349,7 +348,7 @@ class Runner:
         if names != self._used_by(loaded):
             self._used[loaded.name] = self._news[loaded.name] = names
 
-    def _outcome(self, item: "_Item", loaded: LoadedTask, result: "_Result", batch: int) -> Outcome:
+    def _outcome(self, item: Item, loaded: LoadedTask, result: Result, batch: int) -> Outcome:
         token, logs, wishes = item.token, result.logs, result.wishes
         if result.error is not None:
             entry = Runner._enter_body.__code__
@@ -378,7 +377,7 @@ class Runner:
             )  # fmt: skip
         return Succeeded(token, value, result.run_s, batch, logs, wishes, self._opener.made())
 
-    def _sendable(self, item: "_Item", loaded: LoadedTask, result: "_Result") -> bytes:
+    def _sendable(self, item: Item, loaded: LoadedTask, result: Result) -> bytes:
         """A value as it travels; on a device that is too full to keep or copy it, room is made, once."""
         try:
             return self._pickled(item, loaded, result.value)
@@ -389,47 +388,6 @@ class Runner:
         self._make_room(result.used)
         return self._pickled(item, loaded, result.value)
 
-    def _pickled(self, item: "_Item", loaded: LoadedTask, value: Any) -> bytes:
+    def _pickled(self, item: Item, loaded: LoadedTask, value: Any) -> bytes:
         value = self._opener.sendable(loaded, value, item.stays, item.context)
         return pickle.dumps(outcomes.plain(value, loaded.keeps_models), 5)
-
-
-class _Item(NamedTuple):
-    """A task with its payload opened."""
-
-    token: str
-    args: Any
-    kwargs: Any
-    context: dict[str, Any]
-    has_arrays: bool  # that are to be opened
-    stays: bool  # who takes its result can take it from here
-    is_closed: bool  # some argument
-    checks: bool  # whether the driver has left that to us
-
-
-class _Result(NamedTuple):
-    value: Any
-    error: BaseException | None
-    out_of_memory: bool
-    run_s: float
-    used: tuple[str, ...]  # names of residents
-    logs: tuple[LogLine, ...] = ()
-    wishes: bytes = b""
-
-
-def _unpickled(task: TaskCall) -> _Item:
-    unopened.forget_found()
-    args, kwargs, context = closed.loads(task.payload, task.texts)
-    has_arrays, is_closed = bool(unopened.take_found()), bool(task.texts)
-    return _Item(task.token, args, kwargs, context, has_arrays, task.stays, is_closed, task.checks)
-
-
-def _may_join(loaded: LoadedTask, first: TaskCall, task: TaskCall) -> bool:
-    """Of the same name, and with the same limits on streams, where each body's time counts from its own start."""
-    same_limits = task.soft_limit_s == first.soft_limit_s and task.hard_limit_s == first.hard_limit_s
-    return task.name == first.name and (loaded.batch is not None or same_limits)
-
-
-def _share(run: _Result, value: Any) -> _Result:
-    """One item's part of a shared run; an exception that the body put in its place fails that item."""
-    return run._replace(value=None, error=value) if isinstance(value, Exception) else run._replace(value=value)
