@@ -207,6 +207,7 @@ def _wait(
     process: "subprocess.Popen[bytes]", is_up: Callable[[], bool], what: str, log: Path, progress: Progress
 ) -> None:
     deadline = time.monotonic() + START_S
+    progress.say(what)  # also where it is up before the first look
     while not is_up():
         progress.say(what)
         if process.poll() is not None or time.monotonic() > deadline:

@@ -15,7 +15,7 @@ GET = {"timeout": 120}
 
 
 @pytest.fixture(scope="module")
-def site(environment, tmp_path_factory):
+def site(environment, redis_server, tmp_path_factory):
     """A head with a GPU, a node with another, and two workers that have been started at once: (node, names, head)."""
     folder = tmp_path_factory.mktemp("nodes")
     cluster = RayCluster(folder, options=["--include-dashboard=true", "--dashboard-port=0"])
@@ -29,6 +29,7 @@ def site(environment, tmp_path_factory):
     for each in workers:
         each.says(" ready.")
     yield node, [f"{name}@{socket.gethostname()}" for name in ("left", "right")], cluster
+    wait_for(lambda: not redis_server.client.zcard("unacked_index"), "all messages to be acknowledged")
     for each in workers:
         assert each.popen.poll() is None, each.output[-3000:]
         each.kill_group()

@@ -46,10 +46,20 @@ def forget_results(app):
 
 
 def left(redis_server):
-    """Messages waiting, of any priority, and messages taken but not acknowledged."""
+    """Messages waiting, of any priority, and messages taken but not acknowledged.
+
+    What another module's worker held when it was killed is not counted.
+    """
     client = redis_server.client
     keys = [QUEUE, *client.keys(f"{QUEUE}\x06*")]
-    return sum(client.llen(key) for key in keys), client.zcard("unacked_index")
+    tags = client.zrange("unacked_index", 0, -1)
+    taken = [text for text in (client.hmget("unacked", tags) if tags else []) if text is None or _is_ours(text)]
+    return sum(client.llen(key) for key in keys), len(taken)
+
+
+def _is_ours(text):
+    _, exchange, routing_key = json.loads(text)
+    return {exchange, routing_key} & {QUEUE, OTHER_QUEUE, PARKED} != set()
 
 
 def parked(redis_server):
