@@ -159,11 +159,9 @@ class ActorShell:
             self._waker.wake()
 
     def forget(self, call_id: str, tokens: list[str]) -> None:
-        """Drop a call whose reply was lost on its way: nobody will ask for it again.
+        """Drop a call whose reply was lost on its way; `tokens` are its tasks of which the driver has not heard.
 
-        Args:
-            call_id: of the call.
-            tokens: tasks whose outcomes its driver has not heard of; it may still fetch large ones of others.
+        Nobody will ask for those again. Large outcomes of others the driver may still fetch.
         """
         with self._lock:
             self._early_cancels.pop(call_id, None)

@@ -1,5 +1,6 @@
 """Soft limits and cancellation inside a body: where the exception is raised, and where it must not be."""
 
+import importlib
 import logging
 import os
 import queue
@@ -12,7 +13,7 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
 from actors.contract import INTERRUPT_SIGNAL, Reason
-from actors.executor import pinned, residents
+from actors.executor import interrupt, pinned, residents
 from actors.executor.device import CudaDevice
 from actors.executor.interrupt import Cancelled, Interrupter
 from actors.executor.pinned import PinnedCopies
@@ -375,3 +376,9 @@ def test_who_waits_for_the_threads_that_share_a_copy_is_interrupted_after_it(exe
     fake.cuda.runtime.memcpyAsync = copies_late
     assert type(executor.run(body)) is SoftTimeLimitExceeded and not after
     assert sum(size for _, _, size in fake.copies) == 200
+
+
+@pytest.mark.parametrize("name", interrupt._OURS)
+def test_modules_that_are_shielded_are_there(name):
+    """One that has moved would be interrupted in the middle of a copy."""
+    assert importlib.import_module(name).__name__ == name
